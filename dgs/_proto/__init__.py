@@ -1,0 +1,1 @@
+"""Generated from proto/parameter_server.proto by proto/generate.sh; not edited by hand."""

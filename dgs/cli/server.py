@@ -1,0 +1,198 @@
+"""``dgs server``: hold one shard of a model."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import logging
+import os
+import queue
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from dgs.cli.arguments import SubParsers, add_command, non_negative_int, positive_int
+from dgs.cli.console import note, print_json, say
+from dgs.cli.model_file import read_model
+from dgs.client import server_status
+from dgs.config import ServerConfig
+from dgs.errors import DgsError
+from dgs.server import ParameterServer
+from dgs.tracker import FloatArray
+from dgs.transport.address import split_address
+from dgs.transport.grpc_server import serve_handler
+from dgs.transport.guard import Handler
+from dgs.transport.local import LocalTransport
+
+__all__ = ["add_parser", "is_loopback", "run"]
+
+logger = logging.getLogger("dgs.server")
+
+DRAIN_S = 5.0
+"""Seconds that exchanges in progress get when the server is told to end."""
+
+EXAMPLE = """
+dgs server --listen 127.0.0.1:7070
+dgs server --listen 127.0.0.1:7070 --init model.safetensors --verbose
+"""
+
+
+def add_parser(subparsers: SubParsers[argparse.ArgumentParser]) -> None:
+    """Add the command to the program."""
+    config = ServerConfig()
+    parser = add_command(
+        subparsers,
+        "server",
+        run,
+        summary="hold the model, or one shard of it",
+        description=(
+            "Hold one shard of a model, apply what workers send, and answer each with what it\n"
+            "lacks. Prints its address when it listens and serves until SIGTERM or Ctrl-C, which\n"
+            "let exchanges in progress end; a second one ends it at once. A model is split among\n"
+            "as many servers as the workers list."
+        ),
+        example=EXAMPLE,
+    )
+    parser.add_argument(
+        "--listen",
+        required=True,
+        metavar="HOST:PORT",
+        help="where to listen; port 0 lets the system choose",
+    )
+    parser.add_argument(
+        "--init",
+        type=Path,
+        metavar="FILE",
+        help="safetensors file with the model to start from (default: the first worker's)",
+    )
+    parser.add_argument(
+        "--max-workers",
+        type=positive_int,
+        default=config.max_workers,
+        metavar="N",
+        help="sessions admitted at a time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--hash-interval",
+        type=non_negative_int,
+        default=config.hash_interval,
+        metavar="N",
+        help="every Nth reply carries a check of the worker's copy; 0: none (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the address as JSON")
+    parser.add_argument("--verbose", action="store_true", help="log joins, leaves and refusals")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the command."""
+    config = ServerConfig(max_workers=args.max_workers, hash_interval=args.hash_interval)
+    host, _ = split_address(args.listen, port_zero=True)
+    core = ParameterServer(config, init=_initial(args.init) if args.init else None)
+    if args.verbose:
+        logging.getLogger("dgs").setLevel(logging.INFO)
+    with _signals() as signals:
+        handle = serve_handler(_Chronicle(core) if args.verbose else core, args.listen)
+        if not is_loopback(host):
+            note(
+                f"warning: {handle.address} is not confined to this machine, and there is neither "
+                "authentication nor encryption: whoever reaches the port can read and change the "
+                "model. Use a network you trust, a tunnel, or 127.0.0.1"
+            )
+        _announce(handle.address, as_json=args.json)
+        signals.get()
+        logger.info("ending; exchanges in progress have %g s", DRAIN_S)
+        handle.stop(DRAIN_S)
+    return 0
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only processes of the same machine can reach a host's ports.
+
+    Example:
+        >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("0.0.0.0")
+        (True, True, False)
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _initial(path: Path) -> dict[str, FloatArray]:
+    model, ignored = read_model(path)
+    if ignored:
+        some = ", ".join(ignored[:3]) + (", ..." if len(ignored) > 3 else "")
+        note(f"{path}: {len(ignored)} integer or boolean tensors are not trained: {some}")
+    return model
+
+
+def _announce(address: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"address": address, "pid": os.getpid()})
+    else:
+        say(f"listening on {address}")
+
+
+@contextmanager
+def _signals() -> Iterator[queue.SimpleQueue[int]]:
+    """Queue the first SIGTERM or SIGINT; end the process at the second."""
+    # SimpleQueue is the one primitive of the library whose put() a signal handler may call
+    arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def take(number: int, frame: FrameType | None) -> None:
+        for awaited in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(awaited, _end_at_once)
+        arrived.put(number)
+
+    before = {number: signal.signal(number, take) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield arrived
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    os._exit(128 + number)
+
+
+class _Chronicle:
+    """Log who joins and leaves a server, and what it refuses.
+
+    Calls come one at a time, as to the server itself.
+    """
+
+    def __init__(self, core: Handler) -> None:
+        self._core = core
+        self._look = LocalTransport(core)
+        self._known: set[tuple[str, int, int]] = set()
+
+    def handle(self, method: str, request: bytes) -> bytes:
+        """Answer one request and log what it changed."""
+        try:
+            return self._core.handle(method, request)
+        except DgsError as error:
+            logger.info("refused %s: %s: %s", method, error.reason, error)
+            raise
+        finally:
+            if method in ("Join", "Leave"):
+                self._compare()
+
+    def max_request_bytes(self, method: str) -> int:
+        """Return the server's limit."""
+        return self._core.max_request_bytes(method)
+
+    def _compare(self) -> None:
+        status = server_status(self._look, timeout_s=1.0)
+        now = {(w.worker, w.member, w.incarnation) for w in status.workers}
+        for worker, member, _ in sorted(now - self._known):
+            logger.info(
+                "worker %s (member %d) joined at version %d", worker, member, status.version
+            )
+        replaced = {key[:2] for key in now}
+        for worker, member, _ in sorted(self._known - now):
+            if (worker, member) not in replaced:
+                logger.info("worker %s (member %d) left", worker, member)
+        self._known = now

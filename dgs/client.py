@@ -1,0 +1,365 @@
+"""Speak with the servers that hold a model: join, exchange, pull, leave.
+
+A client knows which shard is where, splits nothing itself (a worker's frames come one per shard),
+and waits for all shards at once. Every wait is bounded by the budgets of `RetryConfig`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from dgs._proto import parameter_server_pb2 as pb
+from dgs.config import WorkerConfig
+from dgs.errors import (
+    ChecksumError,
+    ConfigError,
+    DgsError,
+    ForkError,
+    ModelMismatchError,
+    NotReadyError,
+    ServerUnavailableError,
+)
+from dgs.frame import FrameKind, Header, decode_frame, encode_frame
+from dgs.messages import PROTOCOL, parse, space_from_message, space_to_message, views_to_message
+from dgs.space import FloatArray, ParameterSpace
+from dgs.transport.base import Method, Transport
+from dgs.view import View
+from dgs.worker import Ticket
+
+__all__ = ["Client", "Joined", "Resume", "pull_model", "server_status"]
+
+logger = logging.getLogger("dgs.client")
+
+LEAVE_BUDGET_S = 2.0
+"""Seconds that leaving may take: a server that is gone must not hold up the end of a run."""
+
+DAMAGED_REPLIES = 3
+"""How often a reply with a wrong checksum is asked for again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Joined:
+    """The sessions that a join opened, one per shard."""
+
+    tickets: list[Ticket]
+    models: list[bytes] | None
+    """Frames of the records to start from; None where earlier sessions go on."""
+    gave_model: bool
+    """Whether this worker gave the servers their model."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resume:
+    """An earlier session to go on with."""
+
+    incarnation: int
+    seq: int
+    """Sequence number of the last exchange whose reply was taken."""
+    in_flight: bool
+    """Whether the next exchange was sent, and will be repeated."""
+
+
+class Client:
+    """One member's connections to all shards.
+
+    Args:
+        transports: one per shard, in the order that all workers use.
+        config: what the sessions ask of the servers, and the budgets.
+        name: the worker's name.
+        views: what each member of the worker holds; a single process holds everything.
+        member: position of this process among them.
+
+    Note:
+        Used by one thread; waits for several shards with threads of its own.
+    """
+
+    def __init__(
+        self,
+        transports: Sequence[Transport],
+        config: WorkerConfig,
+        name: str,
+        views: Sequence[View],
+        member: int = 0,
+    ) -> None:
+        """Keep the connections; nothing is sent before `join`."""
+        self._transports = list(transports)
+        self._config = config
+        self.name = name
+        self._views = list(views)
+        self._member = member
+        self._incarnation = 0
+        self._tickets: list[Ticket] = []
+        self._pid = os.getpid()
+        self._pool: ThreadPoolExecutor | None = None
+        self._closed = False
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes of update frames handed to the transports, repeated attempts included."""
+        return sum(t.traffic.up_bytes[Method.EXCHANGE] for t in self._transports)
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes of difference frames received, repeated ones included."""
+        return sum(t.traffic.down_bytes[Method.EXCHANGE] for t in self._transports)
+
+    @property
+    def setup_bytes(self) -> int:
+        """Bytes of everything else: joining, pulling, leaving; both ways."""
+        traffic = [t.traffic for t in self._transports]
+        total = sum(sum(t.up_bytes.values()) + sum(t.down_bytes.values()) for t in traffic)
+        return total - self.bytes_up - self.bytes_down
+
+    def join(
+        self,
+        give_model: Callable[[], FloatArray],
+        resume: Sequence[Resume] | None = None,
+    ) -> Joined:
+        """Open a session with every shard, as a new incarnation of this worker.
+
+        Args:
+            give_model: returns the whole model, flat, float32; called only if the servers have
+                none and ask this worker for it.
+            resume: earlier sessions to go on with, one per shard; if any server cannot, all
+                sessions are opened anew.
+
+        Raises:
+            ServerUnavailableError: a server was not reached within the connect budget.
+            ModelMismatchError: the servers hold another model, or other shards.
+        """
+        self._check_usable()
+        self._incarnation = max(time.time_ns(), self._incarnation + 1)
+        replies: list[pb.JoinReply] = []
+        gave = False
+        for shard in range(len(self._transports)):
+            first = replies[0].initialiser if replies else self.name
+            request = self._join_request(shard, may_initialise=first == self.name)
+            if resume is not None:
+                request.resume_incarnation = resume[shard].incarnation
+                request.resume_seq = resume[shard].seq
+                request.resume_in_flight = resume[shard].in_flight
+            reply = self._join_shard(shard, request)
+            if reply.outcome == pb.JoinReply.GIVE_MODEL:
+                self._put_model(shard, reply, give_model())
+                gave = True
+                reply = self._join_shard(shard, request)
+            replies.append(reply)
+        resumed = [r.outcome == pb.JoinReply.RESUMED for r in replies]
+        if any(resumed) and not all(resumed):
+            return self.join(give_model)
+        self._tickets = [
+            Ticket(
+                run=r.run,
+                worker_id=r.worker_id,
+                member=self._member,
+                incarnation=self._incarnation,
+            )
+            for r in replies
+        ]
+        models = None if all(resumed) else self._for_all(self._pull_record)
+        return Joined(tickets=self._tickets, models=models, gave_model=gave)
+
+    def _join_request(self, shard: int, *, may_initialise: bool) -> pb.JoinRequest:
+        view, config = self._views[self._member], self._config
+        whole = len(self._views) == 1 and view == View.whole(view.space)
+        return pb.JoinRequest(
+            protocol=PROTOCOL,
+            worker=self.name,
+            incarnation=self._incarnation,
+            member=self._member,
+            shard=shard,
+            num_shards=len(self._transports),
+            tensors=space_to_message(view.space),
+            views=() if whole else views_to_message(self._views),
+            download_density=config.download_density,
+            values=config.values,
+            selection=config.selection,
+            dense_below=config.dense_below,
+            may_initialise=may_initialise and whole,
+        )
+
+    def _join_shard(self, shard: int, request: pb.JoinRequest) -> pb.JoinReply:
+        """Join one shard; take over from a worker that was asked for the model and is overdue."""
+        budget = self._config.retry.connect_budget_s
+        try:
+            reply = self._transports[shard].call(
+                Method.JOIN, request.SerializeToString(), timeout_s=budget
+            )
+        except ServerUnavailableError as e:
+            if not isinstance(e.__cause__, NotReadyError) or not request.may_initialise:
+                raise
+            logger.warning("%s; giving it the model of worker %s instead", e, self.name)
+            request.take_over = True
+            reply = self._transports[shard].call(
+                Method.JOIN, request.SerializeToString(), timeout_s=budget
+            )
+        return parse(pb.JoinReply, reply)
+
+    def _put_model(self, shard: int, reply: pb.JoinReply, model: FloatArray) -> None:
+        space = self._views[self._member].space
+        start, stop = space.shard_ranges(len(self._transports))[shard]
+        header = Header(
+            kind=FrameKind.MODEL,
+            values="float32",
+            worker_id=reply.worker_id,
+            member=self._member,
+            shard=shard,
+            run=reply.run,
+            incarnation=self._incarnation,
+            size=stop - start,
+            nnz=stop - start,
+        )
+        frame = encode_frame(header, np.ascontiguousarray(model[start:stop], dtype="<f4"))
+        self._transports[shard].call(Method.PUT_MODEL, frame, timeout_s=self._config.retry.budget_s)
+
+    def _pull_record(self, shard: int) -> bytes:
+        t = self._tickets[shard]
+        request = pb.PullRequest(
+            run=t.run, worker_id=t.worker_id, member=t.member, incarnation=t.incarnation
+        )
+        return self._intact(shard, Method.PULL_MODEL, request.SerializeToString())
+
+    def exchange(self, frames: Sequence[bytes]) -> list[bytes]:
+        """Send one frame per shard and wait for all replies.
+
+        Args:
+            frames: what `Worker.collect` made; sending the same again is safe.
+
+        Raises:
+            ServerUnavailableError: a server did not answer within the budget; whether it applied
+                the update is unknown, and the same frames may be sent again.
+        """
+        self._check_usable()
+        return self._for_all(lambda i: self._intact(i, Method.EXCHANGE, frames[i]))
+
+    def exchange_later(self, frames: Sequence[bytes]) -> Future[list[bytes]]:
+        """Start an exchange and return at once; the result is that of `exchange`."""
+        self._check_usable()
+        return self._threads().submit(self.exchange, frames)
+
+    def _intact(self, shard: int, method: Method, request: bytes) -> bytes:
+        """Call, and ask again for a reply that was damaged on its way."""
+        for attempt in range(DAMAGED_REPLIES):
+            reply = self._transports[shard].call(
+                method, request, timeout_s=self._config.retry.budget_s
+            )
+            try:
+                decode_frame(reply)
+                break
+            except ChecksumError:
+                if attempt == DAMAGED_REPLIES - 1:
+                    raise
+                logger.warning("a reply of %s was damaged; asking again", self._address(shard))
+        return reply
+
+    def _address(self, shard: int) -> str:
+        return self._transports[shard].address
+
+    def _for_all(self, call: Callable[[int], bytes]) -> list[bytes]:
+        if len(self._transports) == 1:
+            return [call(0)]
+        futures = [self._threads().submit(call, i) for i in range(len(self._transports))]
+        return [f.result() for f in futures]
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None:  # one more thread than shards: an exchange in flight waits in it
+            count = len(self._transports) + 1
+            self._pool = ThreadPoolExecutor(count, thread_name_prefix="dgs-client")
+        return self._pool
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkError(
+                "this optimizer was made before the process forked; make it in the child process, "
+                "or start children with the 'spawn' method"
+            )
+        if self._closed:
+            raise ConfigError("this optimizer is closed")
+
+    def pull_model(self) -> dict[str, FloatArray]:
+        """Return the servers' model, by tensor name; see the function of the same name."""
+        self._check_usable()
+        return pull_model(self._transports, timeout_s=self._config.retry.budget_s)
+
+    def rename(self, name: str) -> None:
+        """Leave, and take another name for the sessions to come."""
+        if name != self.name:
+            self._leave()
+            self.name = name
+
+    def _leave(self) -> None:
+        for transport, t in zip(self._transports, self._tickets, strict=False):
+            request = pb.LeaveRequest(
+                run=t.run, worker_id=t.worker_id, member=t.member, incarnation=t.incarnation
+            )
+            try:
+                transport.call(Method.LEAVE, request.SerializeToString(), timeout_s=LEAVE_BUDGET_S)
+            except DgsError as e:
+                logger.info("could not leave %s: %s", transport.address, e)
+        self._tickets = []
+
+    def close(self, *, leave: bool) -> None:
+        """Close the connections; with `leave`, free the servers' records first.
+
+        A server that cannot be told within 2 s is left alone: closing never fails.
+        """
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        if leave:
+            self._leave()
+        for transport in self._transports:
+            transport.close()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+
+
+def server_status(transport: Transport, *, timeout_s: float) -> pb.StatusReply:
+    """Ask one server for its status."""
+    request = pb.StatusRequest().SerializeToString()
+    return parse(pb.StatusReply, transport.call(Method.STATUS, request, timeout_s=timeout_s))
+
+
+def pull_model(transports: Sequence[Transport], *, timeout_s: float) -> dict[str, FloatArray]:
+    """Fetch the model from all its shards, without joining.
+
+    Args:
+        transports: one per shard, in order.
+        timeout_s: seconds for each call.
+
+    Returns:
+        Every tensor, averaged buffers included, by name and by each further name that it is tied
+        to. Each shard's part is of one version; under way, shards may be a few updates apart.
+
+    Raises:
+        ConfigError: the servers are not the shards of one model, in order.
+        NotReadyError: a server has no model yet.
+    """
+    spaces: list[ParameterSpace] = []
+    parts: list[FloatArray] = []
+    for shard, transport in enumerate(transports):
+        status = server_status(transport, timeout_s=timeout_s)
+        if not status.ready:
+            raise NotReadyError(f"{transport.address} has no model yet: no worker has joined")
+        if (status.shard, status.num_shards) != (shard, len(transports)):
+            raise ConfigError(
+                f"{transport.address} is shard {status.shard} of {status.num_shards}, but was "
+                f"listed as {shard} of {len(transports)}; list all servers, in their order"
+            )
+        spaces.append(space_from_message(status.tensors))
+        if (difference := spaces[0].first_difference(spaces[-1])) is not None:
+            raise ModelMismatchError(
+                f"{transports[0].address} (here) and {transport.address} (there) hold different "
+                f"models: {difference}"
+            )
+        request = pb.PullRequest(run=status.run).SerializeToString()
+        frame = decode_frame(transport.call(Method.PULL_MODEL, request, timeout_s=timeout_s))
+        parts.append(np.frombuffer(frame.body, dtype="<f4").astype(np.float32))
+    return spaces[0].unflatten(np.concatenate(parts))

@@ -1,0 +1,218 @@
+"""The one changed line: any torch optimizer, made asynchronous and sparse both ways."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dgs.binding import Binding
+from dgs.config import WorkerConfig
+from dgs.errors import ConfigError
+from dgs.exchange import Exchanger
+from dgs.metrics import Stats
+from dgs.momentum import has_momentum
+from dgs.transport.connect import Servers, connect
+
+__all__ = ["DistributedOptimizer"]
+
+
+class DistributedOptimizer(Optimizer):
+    """Wrap an optimizer so that it trains one model together with other workers.
+
+    Every `local_steps` steps, what the inner optimizer changed is added to a velocity, the largest
+    entries of that are sent to the parameter server, and the largest differences between the
+    server's model and this worker's come back. At density 1 without momentum this is asynchronous
+    SGD, bit for bit.
+
+    It is a `torch.optim.Optimizer` and shares `param_groups` with the inner one: schedulers,
+    closures, gradient clipping and `GradScaler` work on it.
+
+    Args:
+        inner: any `torch.optim` optimizer; its parameters keep their groups and settings.
+        named_parameters: ``model.named_parameters()``, of the whole model; the first worker's
+            values start the run, all others start from the server's.
+        server: ``"HOST:PORT"``, several separated by commas for several shards, or a
+            `dgs.ParameterServer` in this process; None reads ``DGS_SERVER``.
+        config: settings; those given by name below take precedence.
+        named_buffers: ``model.named_buffers()``, to have float buffers (such as BatchNorm's
+            statistics) averaged by the server and included in its model.
+        **settings: fields of `dgs.WorkerConfig`.
+
+    Raises:
+        ConfigError: a setting is out of range, or a parameter has no name.
+        ServerUnavailableError: the server was not reached within `retry.connect_budget_s`.
+        ModelMismatchError: the server holds another model; names the first differing tensor.
+
+    Note:
+        Not collective: each worker steps at its own pace. `step` waits for the server's answer
+        unless `overlap` is set.
+
+    Example:
+        >>> import dgs, torch
+        >>> model, server = torch.nn.Linear(2, 1), dgs.ParameterServer()
+        >>> opt = dgs.DistributedOptimizer(
+        ...     torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     named_parameters=model.named_parameters(), server=server, momentum=0.7)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> opt.step(); opt.stats.exchanges
+        1
+
+    References:
+        Yan et al., "Dual-Way Gradient Sparsification for Asynchronous Distributed Deep Learning",
+        ICPP 2020. With SGD inside and ``local_steps=1`` this is the paper's algorithm.
+    """
+
+    def __init__(
+        self,
+        inner: Optimizer,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        server: Servers | None = None,
+        config: WorkerConfig | None = None,
+        *,
+        named_buffers: Iterable[tuple[str, Tensor]] = (),
+        **settings: Any,
+    ) -> None:
+        """Join the run; the parameters are set to the server's model, if it has one."""
+        self._config = config = _configure(config, settings)
+        super().__init__([dict(g) for g in inner.param_groups], inner.defaults)
+        self._inner = inner
+        self._share_groups()
+        averaged = named_buffers if config.buffers == "average" else ()
+        self._binding = Binding(inner, named_parameters, averaged)
+        self._round_steps = 0
+        name = config.worker or os.environ.get("DGS_WORKER", "")
+        self._named = bool(name)
+        transports = connect(server, config.retry)
+        self._exchanger = Exchanger(self._binding, transports, config, name or _random_name())
+        self.stats: Stats = self._exchanger.stats
+
+    @property
+    def inner(self) -> Optimizer:
+        """The optimizer that makes the steps."""
+        return self._inner
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the inner optimizer; its parameters must have been named at the start."""
+        if not hasattr(self, "_binding"):  # the base class's constructor
+            super().add_param_group(param_group)
+            return
+        params = param_group["params"]
+        self._binding.check_named([params] if isinstance(params, Tensor) else list(params))
+        self._inner.add_param_group(param_group)
+        self._share_groups()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step the inner optimizer and, every `local_steps` steps, exchange with the servers.
+
+        Args:
+            closure: passed on to the inner optimizer.
+
+        Returns:
+            What the inner optimizer returns: the closure's loss, if there is one.
+
+        Raises:
+            NonFiniteError: the step made a parameter NaN or infinite; nothing was sent, and the
+                parameters are back where the round started.
+            ServerUnavailableError: no answer within `retry.budget_s`. The exchange is finished
+                first by the next call of `step`; nothing is lost or applied twice.
+        """
+        self._warn_of_double_momentum()
+        self._exchanger.begin_step()
+        loss = self._binding.step(closure)
+        self.stats.steps += 1
+        self._round_steps += 1
+        if self._round_steps >= self._config.local_steps:
+            self._round_steps = 0
+            self._exchanger.end_round()
+        return loss
+
+    def pull_model(self) -> dict[str, Tensor]:
+        """Fetch the servers' model: what to evaluate and to keep, never one worker's own.
+
+        Returns:
+            Float32 tensors on the CPU, averaged buffers and tied names included.
+        """
+        return self._exchanger.pull_model()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inner optimizer's state and everything the exchange depends on.
+
+        A run that is interrupted and resumed from it equals the uninterrupted one bit for bit, as
+        long as the server has answered nothing to this worker since. It holds tensors, numbers,
+        strings, lists and dictionaries only, so ``torch.load(weights_only=True)`` reads it.
+        """
+        exchange = self._exchanger.state()
+        with self._binding.masters_in_place():
+            state = dict(self._inner.state_dict())
+        state["dgs"] = {"round_steps": self._round_steps, **exchange}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the parameters are set as well.
+
+        If the server's record of this worker is still the one that was saved, the session goes on
+        bit for bit. Otherwise the worker rejoins: it starts from the server's model and keeps its
+        saved velocity; that is logged and counted in `stats.rejoins`.
+
+        Raises:
+            ConfigError: the state is not one of this class, or of another model or rule.
+        """
+        if "dgs" not in state_dict:
+            raise ConfigError(
+                "this is not the state of a dgs.DistributedOptimizer; load it into the inner "
+                "optimizer instead"
+            )
+        saved = state_dict["dgs"]
+        self._exchanger.check_state(saved)
+        with self._binding.masters_in_place():
+            self._inner.load_state_dict({k: v for k, v in state_dict.items() if k != "dgs"})
+        self._share_groups()
+        resumed = self._exchanger.load_state(saved, rename=not self._named)
+        self._round_steps = saved["round_steps"] if resumed else 0
+
+    def close(self, *, leave: bool = True) -> None:
+        """Finish the exchange in flight and close the connections; later steps raise.
+
+        Args:
+            leave: tell the server that this worker is done, so that it frees its record. With
+                False the record stays, for a later process to resume from a saved state.
+        """
+        self._exchanger.close(leave=leave)
+
+    def _share_groups(self) -> None:
+        # the same objects, so that schedulers and scalers that hold this optimizer reach the inner
+        self.param_groups = self._inner.param_groups
+        self.state = self._inner.state
+
+    def _warn_of_double_momentum(self) -> None:
+        if self.stats.steps or self._config.local_steps > 1 or not self._config.momentum:
+            return
+        inner = any(g.get("momentum") or "betas" in g for g in self._inner.param_groups)
+        if inner and has_momentum(self._config.rule):
+            warnings.warn(
+                f"{type(self._inner).__name__} has momentum of its own, which at local_steps=1 "
+                f"adds to rule={self._config.rule!r} with momentum={self._config.momentum}; set "
+                "one of them to 0, or take more local steps",
+                stacklevel=3,
+            )
+
+
+def _configure(config: WorkerConfig | None, settings: dict[str, Any]) -> WorkerConfig:
+    try:
+        return replace(config or WorkerConfig(), **settings)
+    except TypeError as e:
+        known = ", ".join(WorkerConfig.__dataclass_fields__)
+        unknown = ", ".join(s for s in settings if s not in WorkerConfig.__dataclass_fields__)
+        raise ConfigError(f"unknown setting {unknown}; the settings are {known}") from e
+
+
+def _random_name() -> str:
+    return f"{socket.gethostname()[:64]}-{os.getpid()}-{secrets.token_hex(3)}"

@@ -1,0 +1,348 @@
+"""The parameter server of one shard, as a deterministic state machine.
+
+`ParameterServer.handle` takes a request's bytes and returns a reply's bytes. There are no threads,
+no clock, no files and no sockets in here: the state after a list of requests is a function of the
+list. What carries the bytes stands in `dgs.transport`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from threading import Lock
+
+import numpy as np
+
+from dgs._proto import parameter_server_pb2 as pb
+from dgs.codec import decode_body
+from dgs.config import ServerConfig
+from dgs.errors import (
+    DgsError,
+    FencedError,
+    MalformedError,
+    NonFiniteError,
+    NotReadyError,
+    SequenceError,
+    WrongRunError,
+)
+from dgs.frame import Frame, FrameKind, Header, decode_frame, encode_frame
+from dgs.messages import parse, space_to_message
+from dgs.metrics import Histogram
+from dgs.quantize import first_non_finite
+from dgs.registry import Joining, Registry, Session
+from dgs.space import FloatArray, ParameterSpace
+from dgs.tracker import digest
+
+__all__ = ["ParameterServer"]
+
+CONTROL_BYTES = 64 << 20
+"""Largest control message; a Join carries the names and shapes of the whole model."""
+
+FRAME_SLACK_BYTES = 1 << 20
+"""What a frame may hold beyond its values: header, tables, block parameters."""
+
+
+@dataclass(slots=True)
+class _Totals:
+    """Counts over the whole run, departed workers included."""
+
+    staleness: Histogram
+    bytes_up: int = 0
+    bytes_down: int = 0
+    refused: int = 0
+
+
+class ParameterServer:
+    """Hold one shard of the model, apply updates, and answer each with a difference.
+
+    For each exchange: ``model -= update; difference = select(model - replica[k]); replica[k] +=
+    difference; version += 1``.
+
+    Args:
+        config: limits and intervals.
+        init: the model to start from, by tensor name, unsharded; without it the first worker to
+            join gives the model.
+        run: number that identifies this server's state, stamped on every frame; random if None.
+
+    Note:
+        Requests are carried out one at a time, whichever threads they come from. One that raises
+        has changed nothing but the count of refusals.
+
+    Example:
+        >>> server = ParameterServer()
+        >>> server.ready
+        False
+
+    References:
+        Yan et al., ICPP 2020, Algorithm 2 (with the sign of line 14 as in eq. 4).
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig | None = None,
+        *,
+        init: Mapping[str, FloatArray] | None = None,
+        run: int | None = None,
+    ) -> None:
+        """Start without a model, or remember `init` until the first worker names its order."""
+        self._config = config or ServerConfig()
+        self._init = dict(init) if init is not None else None
+        self._run = (secrets.randbits(62) | 1) if run is None else run
+        self._registry = Registry(self._config.max_workers)
+        self._model: FloatArray | None = None
+        self._version = 0
+        self._turn = Lock()
+        self._totals = _Totals(Histogram())
+        self._handlers: dict[str, Callable[[bytes], bytes]] = {
+            "Join": self._join,
+            "PutModel": self._put_model,
+            "Exchange": self._exchange,
+            "PullModel": self._pull_model,
+            "Leave": self._leave,
+            "Status": self._status,
+        }
+
+    @property
+    def ready(self) -> bool:
+        """Whether the server has a model."""
+        return self._model is not None
+
+    @property
+    def version(self) -> int:
+        """Number of updates applied."""
+        return self._version
+
+    @property
+    def space(self) -> ParameterSpace | None:
+        """The model's index space, once the first worker has named it."""
+        return self._registry.space
+
+    def handle(self, method: str, request: bytes) -> bytes:
+        """Carry out one request and return the reply.
+
+        Args:
+            method: name of the RPC.
+            request: a control message, or a frame for PutModel and Exchange.
+
+        Raises:
+            DgsError: the request was refused; the state is unchanged, the refusal counted.
+
+        Note:
+            A repeated Exchange returns the same bytes and changes nothing.
+        """
+        with self._turn:
+            handler = self._handlers.get(method)
+            try:
+                if handler is None:
+                    raise MalformedError(f"the service has no method {method!r}")
+                return handler(request)
+            except DgsError:
+                self._totals.refused += 1
+                raise
+
+    def max_request_bytes(self, method: str) -> int:
+        """Return how long a request may be; a transport refuses longer ones while they arrive."""
+        if method not in ("PutModel", "Exchange"):
+            return CONTROL_BYTES
+        start, stop = self._registry.shard_range
+        return 6 * (stop - start) + FRAME_SLACK_BYTES
+
+    def _join(self, request: bytes) -> bytes:
+        joining = Joining.from_message(parse(pb.JoinRequest, request))
+        self._registry.check_incarnation(joining)
+        if self._model is not None:
+            self._registry.check_model(joining)
+        elif self._init is not None:
+            flat = joining.view.space.flatten(self._init)
+            self._registry.adopt(joining)
+            start, stop = self._registry.shard_range
+            self._model, self._init = flat[start:stop].copy(), None
+        reply = pb.JoinReply(run=self._run, version=self._version)
+        if self._model is None:
+            worker = self._registry.appoint(joining)
+            reply.outcome = pb.JoinReply.GIVE_MODEL
+        else:
+            resumed = self._registry.open(joining, self._model, self._version)
+            worker = self._registry.worker(joining.worker)
+            reply.outcome = pb.JoinReply.RESUMED if resumed else pb.JoinReply.JOINED
+        reply.worker_id = worker.number
+        reply.initialiser = self._registry.initialiser
+        return reply.SerializeToString()
+
+    def _put_model(self, request: bytes) -> bytes:
+        frame = decode_frame(request, max_size=self.max_request_bytes("PutModel"))
+        header = frame.header
+        self._check_run(header.run)
+        worker = self._registry.worker_numbered(header.worker_id)
+        if self._model is not None:
+            return b""  # repeated, or overtaken: the model that stands is the one that counts
+        if worker.name != self._registry.initialiser or header.incarnation != worker.incarnation:
+            raise FencedError(
+                f"worker {worker.name!r} may not give the model: "
+                f"{self._registry.initialiser!r} was asked to"
+            )
+        start, stop = self._registry.shard_range
+        if header.kind != FrameKind.MODEL or header.size != stop - start:
+            raise MalformedError(
+                f"a model of {header.size} coordinates was sent; this shard has {stop - start}"
+            )
+        values = np.frombuffer(frame.body, dtype="<f4")
+        bad = first_non_finite(values)
+        if bad is not None:
+            name = self._registry.require_space().tensor_at(start + bad).name
+            raise NonFiniteError(f"the initial model holds NaN or Inf in tensor {name!r}")
+        self._model = np.array(values, dtype=np.float32)
+        return b""
+
+    def _exchange(self, request: bytes) -> bytes:
+        frame = decode_frame(request, max_size=self.max_request_bytes("Exchange"))
+        header = frame.header
+        session = self._session(header.run, header.worker_id, header.member, header.incarnation)
+        if header.seq == session.seq and session.reply:
+            return session.reply
+        if header.seq != session.seq + 1:
+            raise SequenceError(
+                f"exchange {header.seq} of worker {session.worker!r} does not follow "
+                f"{session.seq}; join again"
+            )
+        self._apply(session, frame)
+        staleness = self._version - session.version
+        self._version += 1
+        session.version = self._version
+        reply = self._answer(session, header, staleness)
+        session.record_exchange(header.seq, staleness, len(request), reply)
+        self._totals.staleness.add(staleness)
+        self._totals.bytes_up += len(request)
+        self._totals.bytes_down += len(reply)
+        self._registry.settle(session)
+        return reply
+
+    def _apply(self, session: Session, frame: Frame) -> None:
+        """Subtract an update from the model, whole or not at all."""
+        header, part, model = frame.header, session.part, self._require_model()
+        if header.kind != FrameKind.UPDATE or header.replaces:
+            raise MalformedError("an Exchange carries an update, to be added")
+        if header.size != part.size or len(frame.tail) != part.tail_size:
+            raise MalformedError(
+                f"the update is of {header.size} coordinates and {len(frame.tail)} buffer values; "
+                f"worker {session.worker!r} holds {part.size} and {part.tail_size} of this shard"
+            )
+        indices, values = decode_body(frame.body, part.segment_sizes, header.values, header.nnz)
+        where = part.coordinates
+        target = indices + where.start if isinstance(where, slice) else where[indices]
+        with np.errstate(over="ignore", invalid="ignore"):
+            after = model[target] - values
+        bad = first_non_finite(after)
+        if bad is not None:
+            name = part.name_at(int(indices[bad]))
+            what = "holds NaN or Inf" if not np.isfinite(values[bad]) else "overflows the model"
+            raise NonFiniteError(
+                f"the update of worker {session.worker!r} {what} in tensor {name!r}; "
+                "it was refused whole"
+            )
+        mean = model[part.tail_coordinates]
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = mean + (frame.tail - mean) / np.float32(self._registry.num_workers)
+        bad = first_non_finite(mean)
+        if bad is not None:
+            name = part.view.name_at(part.local_tail.start + bad)
+            raise NonFiniteError(
+                f"worker {session.worker!r} sent NaN or Inf in buffer {name!r}; "
+                "its update was refused whole"
+            )
+        model[target] = after
+        model[part.tail_coordinates] = mean
+
+    def _answer(self, session: Session, header: Header, staleness: int) -> bytes:
+        """Advance the session's record and encode what it advanced by."""
+        model = self._require_model()
+        difference = session.record.advance(model)
+        every = self._config.hash_interval
+        hashed = every > 0 and header.seq % every == 0
+        reply = Header(
+            kind=FrameKind.DIFFERENCE,
+            values=session.values,
+            replaces=difference.replaces,
+            worker_id=header.worker_id,
+            member=header.member,
+            shard=header.shard,
+            run=self._run,
+            incarnation=header.incarnation,
+            seq=header.seq,
+            version=self._version,
+            size=session.part.size,
+            nnz=difference.count,
+            staleness=min(staleness, 0xFFFFFFFF),
+            hash=digest(session.record.replica) if hashed else None,
+        )
+        tail = np.ascontiguousarray(model[session.part.tail_coordinates], dtype="<f4")
+        return encode_frame(reply, difference.body, tail)
+
+    def _pull_model(self, request: bytes) -> bytes:
+        pull = parse(pb.PullRequest, request)
+        model = self._require_model()
+        if pull.run:
+            self._check_run(pull.run)
+        values, tail = model, model[:0]
+        if pull.incarnation:
+            session = self._session(pull.run, pull.worker_id, pull.member, pull.incarnation)
+            values, tail = session.record.replica, model[session.part.tail_coordinates]
+        header = Header(
+            kind=FrameKind.MODEL,
+            values="float32",
+            worker_id=pull.worker_id,
+            member=pull.member,
+            shard=self._registry.shard,
+            run=self._run,
+            incarnation=pull.incarnation,
+            version=self._version,
+            size=len(values),
+            nnz=len(values),
+        )
+        body = np.ascontiguousarray(values, dtype="<f4")
+        return encode_frame(header, body, np.ascontiguousarray(tail, dtype="<f4"))
+
+    def _leave(self, request: bytes) -> bytes:
+        leave = parse(pb.LeaveRequest, request)
+        self._check_run(leave.run)
+        self._registry.close(leave.worker_id, leave.member, leave.incarnation)
+        return pb.LeaveReply().SerializeToString()
+
+    def _status(self, request: bytes) -> bytes:
+        parse(pb.StatusRequest, request)
+        start, stop = self._registry.shard_range
+        space, totals = self._registry.space, self._totals
+        return pb.StatusReply(
+            run=self._run,
+            ready=self.ready,
+            version=self._version,
+            shard=self._registry.shard,
+            num_shards=self._registry.num_shards,
+            range_start=start,
+            range_stop=stop,
+            tensors=space_to_message(space) if space else (),
+            workers=[s.status() for s in self._registry.sessions()],
+            refused=totals.refused,
+            initialiser=self._registry.initialiser,
+            staleness_p50=totals.staleness.percentile(50),
+            staleness_p99=totals.staleness.percentile(99),
+            bytes_up=totals.bytes_up,
+            bytes_down=totals.bytes_down,
+        ).SerializeToString()
+
+    def _session(self, run: int, worker_id: int, member: int, incarnation: int) -> Session:
+        self._check_run(run)
+        return self._registry.session(worker_id, member, incarnation)
+
+    def _check_run(self, run: int) -> None:
+        if run != self._run:
+            raise WrongRunError(
+                "this server is not the one that was joined: it was restarted without its state, "
+                "or the address now belongs to another run; start the workers again"
+            )
+
+    def _require_model(self) -> FloatArray:
+        if self._model is None:
+            raise NotReadyError("the server has no model yet: no worker has joined")
+        return self._model

@@ -1,0 +1,77 @@
+"""From what a user writes for a server to transports that reach it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from random import Random
+from typing import cast
+
+from dgs.config import RetryConfig
+from dgs.errors import ConfigError
+from dgs.transport.base import Transport
+from dgs.transport.guard import Handler
+from dgs.transport.local import LocalTransport
+from dgs.transport.retry import RetryingTransport
+
+__all__ = ["Servers", "connect", "split_addresses"]
+
+Servers = str | Handler | Transport | Sequence[str | Handler | Transport]
+"""An address (or several, separated by commas), a `ParameterServer` in this process, a transport;
+or a list of them, one per shard."""
+
+
+def split_addresses(text: str) -> list[str]:
+    """Split a comma-separated list of addresses.
+
+    Raises:
+        ConfigError: the list is empty.
+    """
+    addresses = [a.strip() for a in text.split(",") if a.strip()]
+    if not addresses:
+        raise ConfigError(f"{text!r} names no server; give HOST:PORT[,HOST:PORT...]")
+    return addresses
+
+
+def connect(
+    servers: Servers | None, retry: RetryConfig, environ: Mapping[str, str] = os.environ
+) -> list[Transport]:
+    """Make one transport per shard; nothing is opened before the first call.
+
+    Args:
+        servers: where the shards are, in the order that all workers use; None reads
+            ``DGS_SERVER``.
+        retry: budgets of the connections over a network.
+        environ: where ``DGS_SERVER`` is read from.
+
+    Raises:
+        ConfigError: no server is named, or an address is not HOST:PORT.
+    """
+    if servers is None:
+        text = environ.get("DGS_SERVER", "")
+        if not text:
+            raise ConfigError(
+                "no server: pass server='HOST:PORT', set DGS_SERVER, or start the script with "
+                "'dgs launch'"
+            )
+        servers = text
+    if isinstance(servers, str):
+        servers = split_addresses(servers)
+    listed = servers if isinstance(servers, Sequence) else [servers]
+    if not listed:
+        raise ConfigError("the list of servers is empty")
+    return [_transport(s, retry) for s in listed]
+
+
+def _transport(server: object, retry: RetryConfig) -> Transport:
+    if isinstance(server, str):
+        from dgs.transport.grpc_client import GrpcTransport  # not needed without a network
+
+        return RetryingTransport(GrpcTransport(server), retry, random=Random())
+    if isinstance(server, Transport):
+        return server
+    if hasattr(server, "handle"):
+        return LocalTransport(cast(Handler, server))
+    raise ConfigError(
+        f"server={server!r} is not valid: give 'HOST:PORT', a ParameterServer or a Transport"
+    )

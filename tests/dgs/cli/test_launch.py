@@ -1,0 +1,176 @@
+"""`dgs launch` runs a user's script as it is, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+from dgs.cli.launch import exit_code, worker_commands
+from dgs.cli.main import main
+from tests.helpers.processes import Spoken, has_ended
+from tests.helpers.scripts import act, train
+from tests.helpers.source_tree import ROOT
+
+pytestmark = pytest.mark.dist
+
+ACT = str(Path(act.__file__))
+NOBODY = ("--server", "127.0.0.1:1")
+"""Servers that are never spoken to: for workers without a model."""
+
+
+def launch(*argv: str) -> int:
+    return main(["launch", *argv])
+
+
+def loss(model: torch.nn.Module) -> float:
+    inputs, labels = train.make_data()
+    with torch.no_grad():
+        return functional.cross_entropy(model.eval()(inputs), labels).item()
+
+
+def test_script_trains_one_model_on_two_shards_and_the_model_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    saved = tmp_path / "model.safetensors"
+    options = ("--workers", "4", "--servers", "2", "--save", str(saved))
+    assert launch(*options, train.__file__, "--steps", "60") == 0
+    said = capsys.readouterr()
+    for worker in range(4):
+        assert f"[worker {worker}] exchanges 60\n" in said.out
+    assert re.search(r"4 workers, server 127\.0\.0\.1:\d+,127\.0\.0\.1:\d+\n", said.err)
+    model = train.make_model(seed=0)
+    before = loss(model)
+    model.load_state_dict(load_file(saved), strict=True)
+    assert loss(model) < 0.7 * before
+
+
+def test_failed_worker_is_started_again_and_rejoins_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    init, model = tmp_path / "init.safetensors", train.make_model(seed=9)
+    save_file(model.state_dict(), init)
+    options = ("--workers", "1", "--max-restarts", "1", "--init", str(init), "--no-prefix")
+    assert launch(*options, train.__file__, "--steps=20", f"--fail-once={tmp_path / 'x'}") == 0
+    said = capsys.readouterr()
+    starts = [float(line.split()[1]) for line in said.out.splitlines() if line[:6] == "start "]
+    weight = model.get_parameter("0.weight")
+    assert starts[0] == weight.double().sum().item()
+    assert starts[1] not in (
+        starts[0],
+        train.make_model(seed=0).get_parameter("0.weight").double().sum().item(),
+    )
+    assert "worker 0 ended with exit code 5; restart 1 of 1" in said.err
+    assert "exchanges 20" in said.out
+
+
+def test_arguments_and_environment_reach_the_script(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    own = ("all:tell", "--workers", "9", "-m", "x", "--", "--debug")
+    assert launch("--workers", "2", *NOBODY, ACT, *own) == 0
+    said = capsys.readouterr()
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert sorted(said.out.splitlines()) == [
+        f"[worker {i}] {list(own)} DGS_NUM_WORKERS=2 DGS_RANK={i} DGS_SERVER=127.0.0.1:1 "
+        f"DGS_WORKER=worker-{i} OMP_NUM_THREADS={threads} PYTHONUNBUFFERED=1"
+        for i in range(2)
+    ]
+    assert said.err.count("OMP_NUM_THREADS") == 1
+
+
+def test_module_is_run_like_a_script(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert launch("--workers", "1", *NOBODY, "--no-prefix", "-m", act.__name__, "0:tell", "-m") == 0
+    assert capsys.readouterr().out.startswith("['0:tell', '-m'] ")
+
+
+@pytest.mark.parametrize(
+    ("action", "code", "words"),
+    [
+        ("exit=7", 7, "ended with exit code 7"),
+        ("kill=9", 137, "was ended by SIGKILL"),
+        ("signal=15", 143, ""),
+        ("signal=2", 130, "interrupted: waiting for the workers"),
+        ("again=2", 130, "interrupted: waiting for the workers"),
+    ],
+)
+def test_run_ends_with_the_worker_that_fails_or_the_signal_that_came(
+    action: str, code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch("--workers", "3", *NOBODY, ACT, f"1:{action}") == code
+    assert words in capsys.readouterr().err
+
+
+def test_restarts_are_counted_per_worker_and_used_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    actions = [f"{i}:once={tmp_path / str(i)}" for i in range(2)]
+    assert launch("--workers", "2", "--max-restarts", "1", *NOBODY, ACT, *actions) == 0
+    assert capsys.readouterr().err.count("restart 1 of 1") == 2
+    assert launch("--workers", "1", "--max-restarts", "2", *NOBODY, ACT, "0:exit=4") == 4
+    assert "restart 2 of 2" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_everything_with_130() -> None:
+    argv = ("launch", "--workers", "1", ACT, "0:family")
+    with Spoken(sys.executable, "-m", "dgs", *argv) as launcher:
+        family = [int(pid) for pid in launcher.line_with("family").split()[-2:]]
+        launched = [pid for pid in children(launcher.process.pid) if pid not in family]
+        launcher.process.send_signal(signal.SIGINT)
+        assert launcher.ends_with() == 130
+        assert len(launched) == 2, "the server, and the watchdog"
+        assert all(has_ended(pid) for pid in family + launched)
+
+
+def children(pid: int) -> list[int]:
+    listings = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for listing in listings for child in listing.read_text().split()]
+
+
+def test_server_that_dies_fails_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert launch("--workers", "1", ACT, "0:server") == 1
+    assert "server 0 was ended by SIGKILL while workers were training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["no-such-script.py"], "no script 'no-such-script.py'"),
+        (["--save", "no-such-folder/m", ACT], "no directory 'no-such-folder'"),
+        (["--init", "no-such-file", ACT], "cannot read no-such-file"),
+        (["--server", "nowhere", ACT], "'nowhere' is not a server address"),
+    ],
+)
+def test_what_cannot_work_is_told_before_anything_is_started(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch("--workers", "2", *options) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_threads_are_shared_among_workers_unless_chosen() -> None:
+    several = worker_commands(["a"], ["b:1"], 4096, {})
+    assert {c.env["OMP_NUM_THREADS"] for c in several} == {"1"}
+    assert len({c.env["DGS_WORKER"] for c in several}) == len({c.label for c in several}) == 4096
+    (chosen,) = worker_commands(["a"], ["b:1"], 1, {"OMP_NUM_THREADS": "3"})
+    assert "OMP_NUM_THREADS" not in chosen.env
+
+
+def test_exit_codes_are_those_of_a_shell() -> None:
+    assert [exit_code(c) for c in (0, 1, 255, -2, -15)] == [0, 1, 255, 130, 143]

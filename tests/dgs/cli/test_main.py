@@ -1,0 +1,96 @@
+"""The program's help, errors and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import pytest
+
+from dgs.cli.main import main, make_parser
+from dgs.errors import ConfigError
+from tests.helpers.processes import Spoken
+
+COMMANDS = ("server", "launch", "pull", "status", "demo")
+
+
+def test_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("dgs ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_shows_an_example_that_parses(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    lines = capsys.readouterr().out.partition("example")[2].splitlines()[1:]
+    examples = [line.split() for line in lines if line.strip().startswith("dgs ")]
+    assert examples
+    for words in examples:
+        assert make_parser().parse_args(words[1:]).run is not None
+
+
+def test_no_command_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "launch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train"],
+        ["server"],
+        ["pull", "--server", "127.0.0.1:1"],
+        ["server", "--listen", "127.0.0.1:0", "--max-workers", "0"],
+        ["server", "--listen", "127.0.0.1:0", "--hash-interval", "-1"],
+        ["status", "--server", "127.0.0.1:1", "--timeout-s", "nan"],
+        ["launch", "--workers", "2"],
+        ["launch", "--workers", "2", "-m"],
+        ["launch", "--workers", "2", "--unknown", "train.py"],
+        ["launch", "--workers", "2", "--servers", "1", "--server", "127.0.0.1:1", "train.py"],
+        ["launch", "--workers", "2", "--server", "127.0.0.1:1", "--init", "a", __file__],
+    ],
+    ids=" ".join,
+)
+def test_wrong_use_ends_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    assert "dgs" in capsys.readouterr().err
+
+
+def test_error_is_one_line_and_debug_shows_where_it_was_raised(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wrong = ["status", "--server", "nowhere"]
+    assert main(wrong) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("dgs: error: 'nowhere' is not a server address")
+    assert said.err.count("\n") == 1
+    for argv in (["--debug", *wrong], [*wrong, "--debug"]):
+        with pytest.raises(ConfigError, match="nowhere"):
+            main(argv)
+
+
+def test_ctrl_c_ends_with_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(args: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dgs.cli.status.run", interrupted)
+    assert main(["status", "--server", "127.0.0.1:1"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.dist
+def test_reader_that_goes_away_ends_the_program_quietly(server: str) -> None:
+    argv = ("-m", "dgs", "status", "--server", server, "--watch", "0.01", "--json")
+    with Spoken("sh", "-c", f"{sys.executable} {' '.join(argv)} | head -n 1; echo ended") as shell:
+        shell.line_with('"address"')
+        assert shell.ends_with() == 0
+        assert shell.lines[-1] == "ended"
+        assert len(shell.lines) == 2, shell.output
