@@ -46,7 +46,10 @@ def test_each_update_is_applied_exactly_once_whatever_is_lost_on_the_way(
     fault: Fault, num_shards: int
 ) -> None:
     config = WorkerConfig(density=0.1, download_density=0.2, retry=NO_WAIT)
-    plans: list[dict[int, Fault]] = [{}, dict.fromkeys(range(6, 400, 3), fault)]  # from when all have joined
+    plans: list[dict[int, Fault]] = [
+        {},
+        dict.fromkeys(range(6, 400, 3), fault),
+    ]  # from when all have joined
     worlds = []
     for plan in plans:
         rng = np.random.default_rng(1)

@@ -237,7 +237,7 @@ def test_members_exchange_their_own_slabs_of_one_model() -> None:
         member.client = Client(whole.transports, CONFIG, "group", views, member=i)
         member.worker = type(whole.worker)(view, 2, CONFIG)
         members.append(member)
-    incarnations = []
+    incarnations: list[int] = []
     for member in members:  # a group joins as one incarnation
         if incarnations:
             member.client._incarnation = incarnations[0]
