@@ -30,7 +30,8 @@ class Binding:
     Args:
         inner: the optimizer that steps them; each of its parameters must be named.
         named_parameters: names and parameters, as ``model.named_parameters()`` gives them.
-        named_buffers: names and buffers to average; those that are not floating point are left out.
+        named_buffers: names and buffers to average; those that are not floating point, or that hold
+            infinities (masks), are left out.
 
     Raises:
         ConfigError: a parameter of the optimizer has no name, a dtype is not supported, or a name
@@ -46,7 +47,7 @@ class Binding:
         """Match names, parameters and masters."""
         self._inner = inner
         parameters = _unique(named_parameters)
-        buffers = _unique((n, b) for n, b in named_buffers if b.is_floating_point())
+        buffers = _unique((n, b) for n, b in named_buffers if _can_be_averaged(b))
         self._params = [tensor for _, tensor in parameters]
         self._buffers = [tensor for _, tensor in buffers]
         _check_dtypes(parameters)
@@ -109,12 +110,14 @@ class Binding:
         """Check what the inner optimizer left.
 
         Raises:
-            NonFiniteError: a parameter holds NaN or Inf; names it.
+            NonFiniteError: a parameter or buffer holds NaN or Inf; names it.
         """
-        for spec, master in zip(self.space.tensors, self._masters, strict=False):
-            if not bool(torch.isfinite(master.detach()).all()):
+        tensors = [*self._masters, *self._buffers]
+        for spec, tensor in zip(self.space.tensors, tensors, strict=True):
+            if not bool(torch.isfinite(tensor.detach()).all()):
+                what = "buffer" if spec.buffer else "parameter"
                 raise NonFiniteError(
-                    f"the step made parameter {spec.name!r} NaN or infinite; nothing was sent and "
+                    f"the step made {what} {spec.name!r} NaN or infinite; nothing was sent and "
                     "the parameters are back where the round started. Look at the loss and the "
                     "learning rate, clip gradients, or skip the batch"
                 )
@@ -211,6 +214,10 @@ def _unique(named: Iterable[tuple[str, Tensor]]) -> list[tuple[list[str], Tensor
         if name not in names:
             names.append(name)
     return list(found.values())
+
+
+def _can_be_averaged(buffer: Tensor) -> bool:
+    return buffer.is_floating_point() and bool(torch.isfinite(buffer).all())
 
 
 def _check_dtypes(parameters: Iterable[tuple[list[str], Tensor]]) -> None:

@@ -80,8 +80,9 @@ class Exchanger:
         """Send what the round changed, take the difference, and start the next round.
 
         Raises:
-            NonFiniteError: a parameter is NaN or infinite. Nothing was sent, the parameters are
-                back where the round started, and the refusal is counted.
+            NonFiniteError: a parameter or buffer is NaN or infinite. Nothing was sent, the
+                parameters are back where the round started, and the refusal is counted. Or a
+                server refused the update, because it overflows the model.
             ServerUnavailableError: no answer within the budget; `begin_step` tries again.
         """
         try:
@@ -117,13 +118,13 @@ class Exchanger:
         """Wait for the exchange that is pending, and take its difference."""
         pending = self._worker.pending
         assert pending is not None
+        refusal: NonFiniteError | None = None
         try:
             future, self._future = self._future, None
             replies = future.result() if future is not None else self._client.exchange(pending)
-        except NonFiniteError:
-            self._worker.retract()
-            self._refuse()
-            raise
+        except NonFiniteError as e:
+            refusal = e
+            replies = self._client.exchange(self._worker.blank())
         finally:
             self._count_bytes()
         answer = self._worker.absorb(replies)
@@ -140,6 +141,9 @@ class Exchanger:
                 self.name,
             )
             self._join()
+        if refusal is not None:
+            self._refuse()
+            raise refusal
 
     def _land(self) -> None:
         if self._worker.pending is not None:

@@ -43,7 +43,9 @@ class DistributedOptimizer(Optimizer):
             `dgs.ParameterServer` in this process; None reads ``DGS_SERVER``.
         config: settings; those given by name below take precedence.
         named_buffers: ``model.named_buffers()``, to have float buffers (such as BatchNorm's
-            statistics) averaged by the server and included in its model.
+            statistics) averaged by the server and included in its model. Integer buffers and
+            those with infinities stay local; leave out buffers that are not in the model's
+            ``state_dict()``.
         **settings: fields of `dgs.WorkerConfig`.
 
     Raises:
@@ -119,8 +121,8 @@ class DistributedOptimizer(Optimizer):
             What the inner optimizer returns: the closure's loss, if there is one.
 
         Raises:
-            NonFiniteError: the step made a parameter NaN or infinite; nothing was sent, and the
-                parameters are back where the round started.
+            NonFiniteError: the step made a parameter or buffer NaN or infinite; nothing was sent,
+                and the parameters are back where the round started.
             ServerUnavailableError: no answer within `retry.budget_s`. The exchange is finished
                 first by the next call of `step`; nothing is lost or applied twice.
         """

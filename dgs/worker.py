@@ -82,6 +82,7 @@ class Worker:
         self.parts = [Part(view, a, b) for a, b in view.space.shard_ranges(num_shards)]
         self.base = torch.zeros(view.num_parameters, dtype=torch.float32, device=device)
         self.buffers = np.zeros(view.size - view.num_parameters, dtype=np.float32)
+        self._averaged = self.buffers.copy()  # what the servers last said of the buffers
         self.sequence = 0
         self.pending: list[bytes] | None = None
         """The frames of an exchange that has not been absorbed yet, one per shard."""
@@ -170,7 +171,7 @@ class Worker:
             local = indices_np[inside] - part.local.start
             encoded = encode_body(local, values_np[inside], part.segment_sizes, self._config.values)
             decoded.append(encoded.decoded)
-            header = self._header(shard, len(local))
+            header = self._header(shard, self.sequence + 1, len(local))
             tail = self.buffers[self._tail(part)].astype("<f4")
             frames.append(encode_frame(header, encoded.body, tail))
         update = torch.from_numpy(np.concatenate(decoded)).to(self.base.device)
@@ -191,7 +192,7 @@ class Worker:
             indices.append(chosen + part.start)
         return torch.cat(indices), torch.cat(values)
 
-    def _header(self, shard: int, count: int) -> Header:
+    def _header(self, shard: int, seq: int, count: int) -> Header:
         ticket = self._tickets[shard]
         return Header(
             kind=FrameKind.UPDATE,
@@ -201,7 +202,7 @@ class Worker:
             shard=shard,
             run=ticket.run,
             incarnation=ticket.incarnation,
-            seq=self.sequence + 1,
+            seq=seq,
             version=self._versions[shard],
             size=self.parts[shard].size,
             nnz=count,
@@ -239,10 +240,21 @@ class Worker:
             received=sum(h.nnz for h in headers),
         )
 
-    def retract(self) -> None:
-        """Forget an update that the servers refused whole; its sequence number is free again."""
-        self.pending, self._sent = None, None
-        self.sequence -= 1
+    def blank(self) -> list[bytes]:
+        """Replace an update that a server refused by an empty one of the same number.
+
+        A shard that has applied its part answers with the reply that it keeps; one that refused
+        it applies nothing. So all shards go on from the same sequence number. What was refused is
+        dropped: it has left the velocity.
+        """
+        self._sent = None
+        self.pending = []
+        for shard, part in enumerate(self.parts):
+            nothing = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
+            body = encode_body(*nothing, part.segment_sizes, self._config.values).body
+            tail = self._averaged[self._tail(part)].astype("<f4")
+            self.pending.append(encode_frame(self._header(shard, self.sequence, 0), body, tail))
+        return self.pending
 
     def _differs(self, part: Part, frame: Frame) -> bool:
         """Tell whether the frame carries a hash that the base does not have."""
@@ -255,6 +267,7 @@ class Worker:
 
     def _take_buffers(self, part: Part, frame: Frame) -> None:
         self.buffers[self._tail(part)] = frame.tail
+        self._averaged[self._tail(part)] = frame.tail
 
     def start(self, unit: int) -> Tensor:
         """Return where the next round starts in one tensor: the base, or ahead of it.
@@ -292,6 +305,7 @@ class Worker:
         state: dict[str, Any] = {
             "base": self.base.clone(),
             "buffers": torch.from_numpy(self.buffers.copy()),
+            "averaged": torch.from_numpy(self._averaged.copy()),
             "selection": self._selector.state(),
             "sequence": self.sequence,
             "versions": list(self._versions),
@@ -342,6 +356,7 @@ class Worker:
         self.load_velocity(state)
         self.base.copy_(state["base"])
         self.buffers[:] = state["buffers"].numpy()
+        self._averaged[:] = state["averaged"].numpy()
         self.sequence = state["sequence"]
         self._versions = list(state["versions"])
         count = state["in_flight"]

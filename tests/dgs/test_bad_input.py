@@ -347,3 +347,56 @@ def test_an_optimizer_used_after_a_fork_or_after_closing_says_so() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_update_that_one_shard_refuses_leaves_all_shards_in_step(overlap: bool) -> None:
+    servers = [dgs.ParameterServer(ServerConfig(hash_interval=1)) for _ in range(2)]
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    opt = wrap(
+        model,
+        servers,
+        lambda m: torch.optim.SGD(m.parameters(), lr=1.0),
+        density=1.0,
+        download_density=1.0,
+        momentum=0.0,
+        overlap=overlap,
+    )
+
+    def step(first: float, second: float) -> None:
+        model[0].weight.grad = torch.full((4, 4), first)
+        model[1].weight.grad = torch.full((4, 4), second)
+        opt.step()
+
+    step(1.0, 1.0)
+    opt.state_dict()
+    assert servers[1]._model is not None
+    servers[1]._model[:] = -3e38  # so that the next update overflows there, and only there
+    if overlap:
+        step(1.0, 3e38)  # only starts the exchange that the next step waits for
+    with pytest.raises(NonFiniteError, match=r"overflows the model in tensor '1\.weight'"):
+        step(0.0, 0.0 if overlap else 3e38)
+    assert opt.stats.refused == 1
+    for _ in range(3):
+        step(1.0, 0.0)
+    opt.state_dict()
+    assert [s.version for s in servers] == [opt.stats.exchanges] * 2
+    assert opt.stats.resyncs == 0
+    opt.close()
+
+
+def test_buffers_that_become_nan_are_refused_and_masks_of_infinities_stay_local() -> None:
+    model = nn.Sequential(nn.Linear(12, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    model.register_buffer("mask", torch.full((3, 3), -torch.inf))
+    opt = wrap(model, dgs.ParameterServer())
+    assert "mask" not in opt.pull_model()
+    train_step(model, opt, Batches())
+    start = flat(model)
+    opt.zero_grad()
+    Batches().loss(model).backward()
+    model[1].running_var[2] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"made buffer '1\.running_var' NaN or infinite"):
+        opt.step()
+    assert torch.equal(flat(model), start)
+    assert torch.isfinite(model[1].running_var).all()
+    opt.close()
