@@ -26,8 +26,8 @@ from dgs.errors import (
     NotReadyError,
     ServerUnavailableError,
 )
-from dgs.frame import FrameKind, Header, decode_frame, encode_frame
-from dgs.messages import PROTOCOL, parse, space_from_message, space_to_message, views_to_message
+from dgs.frame import WIRE_VERSION, FrameKind, Header, decode_frame, encode_frame
+from dgs.messages import parse, space_from_message, space_to_message, views_to_message
 from dgs.space import FloatArray, ParameterSpace
 from dgs.transport.base import Method, Transport
 from dgs.view import View
@@ -170,7 +170,7 @@ class Client:
         view, config = self._views[self._member], self._config
         whole = len(self._views) == 1 and view == View.whole(view.space)
         return pb.JoinRequest(
-            protocol=PROTOCOL,
+            protocol=WIRE_VERSION,
             worker=self.name,
             incarnation=self._incarnation,
             member=self._member,

@@ -17,16 +17,12 @@ from dgs.space import ParameterSpace, TensorSpec
 from dgs.view import Slab, View
 
 __all__ = [
-    "PROTOCOL",
     "parse",
     "space_from_message",
     "space_to_message",
     "views_from_message",
     "views_to_message",
 ]
-
-PROTOCOL = 1
-"""Wire version, stated at Join; both sides must speak the same."""
 
 M = TypeVar("M", bound=Message)
 

@@ -22,7 +22,8 @@ from dgs.errors import (
     TooLargeError,
     UnknownWorkerError,
 )
-from dgs.messages import PROTOCOL, space_from_message, views_from_message
+from dgs.frame import WIRE_VERSION
+from dgs.messages import space_from_message, views_from_message
 from dgs.metrics import Histogram
 from dgs.space import FloatArray, ParameterSpace
 from dgs.tracker import Record
@@ -62,9 +63,9 @@ class Joining:
             MalformedError: another field is out of range; names it.
         """
         m = message
-        if m.protocol != PROTOCOL:
+        if m.protocol != WIRE_VERSION:
             raise ModelMismatchError(
-                f"the worker speaks wire version {m.protocol}, this server {PROTOCOL}; "
+                f"the worker speaks wire version {m.protocol}, this server {WIRE_VERSION}; "
                 "install the same release on both sides"
             )
         _require(0 < len(m.worker) <= 128, "worker", "a name of 1 to 128 characters")

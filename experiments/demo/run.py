@@ -55,7 +55,7 @@ def commit() -> str:
 def summary(runs: Sequence[dict[str, Any]]) -> str:
     """Write a table of means and standard deviations over the seeds."""
     lines = [
-        "| method | accuracy, % | B/step up | B/step down | up | down | p50 | p99 | steps/s | user s |",
+        "| method | accuracy, % | B up | B down | up | down | p50 | p99 | steps/s | user s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for position, first in enumerate(runs[0]["methods"]):
