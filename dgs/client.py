@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -266,6 +266,7 @@ class Client:
         if len(self._transports) == 1:
             return [call(0)]
         futures = [self._threads().submit(call, i) for i in range(len(self._transports))]
+        wait(futures)  # all of them, also when one fails: what follows must not overtake the rest
         return [f.result() for f in futures]
 
     def _threads(self) -> ThreadPoolExecutor:

@@ -241,8 +241,9 @@ class Exchanger:
             self.stats.rejoins += 1
             logger.warning(
                 "worker %s could not go on with its saved session (the server has answered it "
-                "since, or has dropped its record); it starts from the server's model and keeps "
-                "its saved velocity",
+                "since, or has dropped its record). It starts from the server's model, not from "
+                "its saved parameters, and keeps its saved velocity. If the server was started "
+                "anew, give it the model to go on from: dgs server --init FILE.safetensors",
                 self.name,
             )
             return False
@@ -253,7 +254,7 @@ class Exchanger:
             self._start.copy_(state["start"])
         for unit, values in enumerate(state["local"]):
             self._binding.write(unit, values)
-        self._binding.write_buffers(state["local_buffers"].numpy())
+        self._binding.write_buffers(state["local_buffers"].cpu().numpy())
         return True
 
     def close(self, *, leave: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import secrets
 import socket
@@ -139,6 +140,9 @@ class DistributedOptimizer(Optimizer):
     def pull_model(self) -> dict[str, Tensor]:
         """Fetch the servers' model: what to evaluate and to keep, never one worker's own.
 
+        Load it into another copy of the model: what is written into the parameters that are
+        trained counts as progress and would be sent.
+
         Returns:
             Float32 tensors on the CPU, averaged buffers and tied names included.
         """
@@ -153,7 +157,7 @@ class DistributedOptimizer(Optimizer):
         """
         exchange = self._exchanger.state()
         with self._binding.masters_in_place():
-            state = dict(self._inner.state_dict())
+            state = copy.deepcopy(self._inner.state_dict())
         state["dgs"] = {"round_steps": self._round_steps, **exchange}
         return state
 

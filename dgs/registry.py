@@ -119,6 +119,8 @@ class Session:
     """What that exchange was answered with; a repeated request gets it again."""
     resumed: bool = False
     """Whether an earlier incarnation began it."""
+    resumed_from: int = 0
+    """That incarnation, until the next exchange: its saved state may be resumed again."""
     exchanges: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
@@ -126,7 +128,7 @@ class Session:
 
     def record_exchange(self, seq: int, staleness: int, bytes_up: int, reply: bytes) -> None:
         """Note an applied exchange and keep its reply."""
-        self.seq, self.reply = seq, reply
+        self.seq, self.reply, self.resumed_from = seq, reply, 0
         self.exchanges += 1
         self.bytes_up += bytes_up
         self.bytes_down += len(reply)
@@ -280,6 +282,7 @@ class Registry:
         if resumable is not None:
             del worker.retired[joining.member]
             resumable.incarnation, resumable.resumed = joining.incarnation, True
+            resumable.resumed_from = joining.resume
             worker.live[joining.member] = resumable
             return True
         part = Part(joining.view, *self.shard_range)
@@ -322,7 +325,9 @@ class Registry:
 
     def _resumable(self, worker: Worker, joining: Joining) -> Session | None:
         session = worker.retired.get(joining.member)
-        if session is None or session.incarnation != joining.resume:
+        if session is None or joining.resume == 0:
+            return None
+        if joining.resume not in (session.incarnation, session.resumed_from):
             return None
         same_view = session.part.view == joining.view
         return session if same_view and session.seq in joining.resume_seqs else None
@@ -359,6 +364,12 @@ class Registry:
         if session is None or session.incarnation != incarnation:
             raise UnknownWorkerError(f"worker {worker.name!r} has no such session; join again")
         return session
+
+    def discard(self, session: Session) -> None:
+        """Forget a session whose last request broke off half done; its worker must join again."""
+        worker = self._workers[session.worker]
+        if worker.live.get(session.member) is session:
+            del worker.live[session.member]
 
     def settle(self, session: Session) -> None:
         """Drop what this session replaced: it has exchanged, so nothing else will be resumed."""

@@ -174,7 +174,7 @@ def make_selector(selection: Selection, num_units: int, dense_below: int) -> Sel
 
 def _wanted(n: int, density: float) -> int:
     # ceil of the decimal fraction that was meant: 0.07 * 100 is 7.000000000000001 in binary
-    return min(n, math.ceil(round(density * n, 9)))
+    return min(n, max(1, math.ceil(round(density * n, 9))))
 
 
 def _check_state(state: Tensor, num_units: int) -> None:

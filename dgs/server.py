@@ -177,10 +177,10 @@ class ParameterServer:
         worker = self._registry.worker_numbered(header.worker_id)
         if self._model is not None:
             return b""  # repeated, or overtaken: the model that stands is the one that counts
-        if worker.name != self._registry.initialiser or header.incarnation != worker.incarnation:
+        if header.incarnation != worker.incarnation:
             raise FencedError(
-                f"worker {worker.name!r} may not give the model: "
-                f"{self._registry.initialiser!r} was asked to"
+                f"a newer process has joined as worker {worker.name!r}; this one may not give the "
+                "model any more"
             )
         start, stop = self._registry.shard_range
         if header.kind != FrameKind.MODEL or header.size != stop - start:
@@ -193,6 +193,7 @@ class ParameterServer:
             name = self._registry.require_space().tensor_at(start + bad).name
             raise NonFiniteError(f"the initial model holds NaN or Inf in tensor {name!r}")
         self._model = np.array(values, dtype=np.float32)
+        self._registry.initialiser = worker.name  # the first whole model counts
         return b""
 
     def _exchange(self, request: bytes) -> bytes:
@@ -206,12 +207,18 @@ class ParameterServer:
                 f"exchange {header.seq} of worker {session.worker!r} does not follow "
                 f"{session.seq}; join again"
             )
-        self._apply(session, frame)
-        staleness = self._version - session.version
-        self._version += 1
-        session.version = self._version
-        reply = self._answer(session, header, staleness)
-        session.record_exchange(header.seq, staleness, len(request), reply)
+        try:
+            self._apply(session, frame)
+            staleness = self._version - session.version
+            self._version += 1
+            session.version = self._version
+            reply = self._answer(session, header, staleness)
+            session.record_exchange(header.seq, staleness, len(request), reply)
+        except DgsError:
+            raise  # refused whole, before anything changed
+        except BaseException:  # half done: the same request must never be applied again
+            self._registry.discard(session)
+            raise
         self._totals.staleness.add(staleness)
         self._totals.bytes_up += len(request)
         self._totals.bytes_down += len(reply)

@@ -326,24 +326,7 @@ class Worker:
         Raises:
             ConfigError: it is not; says in what.
         """
-        saved = {k: v for k, v in state.items() if k.startswith("rule.")}
-        mine = {f"rule.{k}": v for k, v in self._rule.state().items()}
-        if saved.keys() != mine.keys():
-            raise ConfigError(
-                f"the saved state holds {sorted(saved)}, rule={self._config.rule!r} needs "
-                f"{sorted(mine)}; use the rule that the state was saved with"
-            )
-        for name, tensor in {**mine, "base": self.base}.items():
-            if state[name].shape != tensor.shape:
-                raise ConfigError(
-                    f"the saved state is of a model with {state[name].numel()} coordinates, this "
-                    f"one has {tensor.numel()}"
-                )
-        if len(state["versions"]) != len(self.parts):
-            raise ConfigError(
-                f"the saved state is of {len(state['versions'])} servers, this run has "
-                f"{len(self.parts)}"
-            )
+        _check_saved(state, self._rule.state(), self.base, len(self.parts), self._config.rule)
 
     def load_velocity(self, state: dict[str, Any]) -> None:
         """Take what waits from a saved, checked state, but not the base."""
@@ -355,13 +338,13 @@ class Worker:
         """Take a saved, checked state whole; `resume` must follow with the new tickets."""
         self.load_velocity(state)
         self.base.copy_(state["base"])
-        self.buffers[:] = state["buffers"].numpy()
-        self._averaged[:] = state["averaged"].numpy()
+        self.buffers[:] = state["buffers"].cpu().numpy()
+        self._averaged[:] = state["averaged"].cpu().numpy()
         self.sequence = state["sequence"]
         self._versions = list(state["versions"])
         count = state["in_flight"]
         self.pending = (
-            [state[f"pending.{i}"].numpy().tobytes() for i in range(count)] if count else None
+            [state[f"pending.{i}"].cpu().numpy().tobytes() for i in range(count)] if count else None
         )
         self._sent = None
         if "sent.indices" in state:
@@ -381,3 +364,25 @@ def _read_difference(part: Part, frame: Frame, seq: int) -> tuple[Int64Array, Fl
     if first_non_finite(values) is not None:
         raise MalformedError("the server's reply holds NaN or Inf")
     return indices, values
+
+
+def _check_saved(
+    state: dict[str, Any], rule_state: dict[str, Tensor], base: Tensor, shards: int, rule: str
+) -> None:
+    saved = {k: v for k, v in state.items() if k.startswith("rule.")}
+    mine = {f"rule.{k}": v for k, v in rule_state.items()}
+    if saved.keys() != mine.keys():
+        raise ConfigError(
+            f"the saved state holds {sorted(saved)}, rule={rule!r} needs {sorted(mine)}; use the "
+            "rule that the state was saved with"
+        )
+    for name, tensor in {**mine, "base": base}.items():
+        if state[name].shape != tensor.shape:
+            raise ConfigError(
+                f"the saved state is of a model with {state[name].numel()} coordinates, this one "
+                f"has {tensor.numel()}"
+            )
+    if len(state["versions"]) != shards:
+        raise ConfigError(
+            f"the saved state is of {len(state['versions'])} servers, this run has {shards}"
+        )

@@ -13,6 +13,7 @@ from torch import nn
 
 import dgs
 from dgs.config import RetryConfig, ServerConfig, WorkerConfig
+from dgs.errors import UnknownWorkerError
 from dgs.transport.base import Transport
 from dgs.transport.retry import RetryingTransport
 from tests.helpers.faults import Fault, FaultyTransport
@@ -135,3 +136,25 @@ def test_a_worker_whose_base_differs_says_so_counts_it_and_pulls_the_model(
         train_step(model, opt, data)
     assert opt.stats.resyncs == 1
     opt.close()
+
+
+def test_a_defect_half_way_through_an_exchange_never_applies_it_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    servers = make_servers()
+    rng = np.random.default_rng(3)
+    site = Site("w", servers, WorkerConfig(density=0.2), gaussian(rng, SIZE))
+    site.exchange(gaussian(rng, SIZE))
+    frame = site.collect(gaussian(rng, SIZE))[0]
+
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dgs.tracker.Record.advance", fails)
+        with pytest.raises(MemoryError):
+            servers[0].handle("Exchange", frame)
+    model = server_model(servers)
+    with pytest.raises(UnknownWorkerError):
+        servers[0].handle("Exchange", frame)
+    assert server_model(servers).tobytes() == model.tobytes()

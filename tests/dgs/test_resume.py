@@ -249,3 +249,33 @@ def test_states_of_something_else_are_refused_and_change_nothing() -> None:
     assert torch.equal(flat(model), before)
     for o in (opt, other, tiny, late):
         o.close()
+
+
+def test_a_saved_state_can_be_resumed_again_until_its_session_goes_on() -> None:
+    server, model, data = dgs.ParameterServer(), make_model(), Batches()
+    opt = wrap(model, server, worker="w")
+    train_step(model, opt, data)
+    state = opt.state_dict()
+    for _ in range(3):  # a process that dies each time before its first exchange
+        opt.close(leave=False)
+        opt = wrap(make_model(5), server, worker="w")
+        opt.load_state_dict(state)
+        assert opt.stats.rejoins == 0
+    train_step(model, opt, data)
+    opt.close(leave=False)
+    opt = wrap(make_model(5), server, worker="w")
+    opt.load_state_dict(state)
+    assert opt.stats.rejoins == 1
+    opt.close()
+
+
+@pytest.mark.filterwarnings("ignore:AdamW has momentum")
+def test_a_state_is_of_one_moment() -> None:
+    model, data = make_model(), Batches()
+    opt = wrap(model, dgs.ParameterServer(), INNER["AdamW"])
+    train_step(model, opt, data)
+    state = opt.state_dict()
+    average = state["state"][0]["exp_avg"].clone()
+    train_step(model, opt, data)
+    assert torch.equal(state["state"][0]["exp_avg"], average)
+    opt.close()
