@@ -1,6 +1,6 @@
 """Run `dgs demo` over several seeds and summarise what it measured.
 
-    .venv/bin/python -m experiments.demo.run --seeds 5
+    .venv/bin/python -m experiments.demo.run --seeds 3
 
 Writes one JSON file a seed and `summary.md` into `results/`; further arguments go to the demo.
 """
@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> int:
     """Run the seeds that have no result yet, and write the summary of all."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1 (default: 5)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1 (default: 3)")
     parser.add_argument("--again", action="store_true", help="also run seeds that have a result")
     options, rest = parser.parse_known_args()
     runs = [run_seed(seed, rest, again=options.again) for seed in range(options.seeds)]
