@@ -35,7 +35,7 @@ RESERVED = {
     "grpc": r"dgs\.transport\.(grpc_\w+|options)|dgs\._proto\..*",
     "google.protobuf": r"dgs\.messages|dgs\.transport\.grpc_\w+|dgs\._proto\..*",
     "dgs._proto": r"dgs\.(messages|registry|server|client|(transport\.grpc_|_proto\.)\w+)",
-    "numba": r"dgs\.kernels\.cpu",
+    "numba": r"dgs\.kernels\.cpu\w*",
     "triton": r"(dgs|moe)\.kernels\.gpu",
 }
 """Who may import what only few may, by patterns of module names."""

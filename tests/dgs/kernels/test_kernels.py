@@ -1,0 +1,50 @@
+"""Which implementation is chosen, and what happens on a machine without numba."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import ModuleType
+
+from dgs.kernels import Kernels, kernels, reference
+from tests.helpers.source_tree import ROOT
+
+WITHOUT_NUMBA = """
+import sys, warnings
+sys.modules["numba"] = None                     # importing it raises ImportError
+from dgs.kernels import kernels
+assert "numba.core" not in sys.modules
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert kernels().NAME == "reference" and kernels() is kernels()
+assert len(caught) == 1, caught
+assert "Install numba" in str(caught[0].message)
+"""
+
+
+def test_the_compiled_kernels_are_chosen_where_they_run(fast: ModuleType) -> None:
+    assert kernels() is fast
+    assert kernels().NAME == "cpu"
+
+
+def test_without_numba_there_is_one_warning_and_the_reference() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NUMBA],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_both_implementations_offer_the_same(fast: ModuleType) -> None:
+    wanted = {name for name in vars(Kernels) if not name.startswith("_")} | {"NAME"}
+    for module in (reference, fast):
+        assert set(module.__all__) == wanted
+
+
+def test_warming_up_compiles_everything_once(fast: ModuleType) -> None:
+    fast.warm_up()
+    assert fast.warm_up() < 1.0
+    assert reference.warm_up() == 0.0
