@@ -31,7 +31,7 @@ from dgs.messages import parse, space_to_message
 from dgs.metrics import Histogram
 from dgs.quantize import first_non_finite
 from dgs.registry import Joining, Registry, Session
-from dgs.space import FloatArray, ParameterSpace
+from dgs.space import FloatArray, Int64Array, ParameterSpace
 from dgs.tracker import digest
 
 __all__ = ["ParameterServer"]
@@ -207,15 +207,15 @@ class ParameterServer:
                 f"exchange {header.seq} of worker {session.worker!r} does not follow "
                 f"{session.seq}; join again"
             )
+        target, after, mean = self._checked(session, frame)
         try:
-            self._apply(session, frame)
+            model = self._require_model()
+            model[target], model[session.part.tail_coordinates] = after, mean
             staleness = self._version - session.version
             self._version += 1
             session.version = self._version
             reply = self._answer(session, header, staleness)
             session.record_exchange(header.seq, staleness, len(request), reply)
-        except DgsError:
-            raise  # refused whole, before anything changed
         except BaseException:  # half done: the same request must never be applied again
             self._registry.discard(session)
             raise
@@ -225,8 +225,8 @@ class ParameterServer:
         self._registry.settle(session)
         return reply
 
-    def _apply(self, session: Session, frame: Frame) -> None:
-        """Subtract an update from the model, whole or not at all."""
+    def _checked(self, session: Session, frame: Frame) -> tuple[Int64Array, FloatArray, FloatArray]:
+        """Return where an update falls, what it makes of the model there, and of the buffers."""
         header, part, model = frame.header, session.part, self._require_model()
         if header.kind != FrameKind.UPDATE or header.replaces:
             raise MalformedError("an Exchange carries an update, to be added")
@@ -258,8 +258,7 @@ class ParameterServer:
                 f"worker {session.worker!r} sent NaN or Inf in buffer {name!r}; "
                 "its update was refused whole"
             )
-        model[target] = after
-        model[part.tail_coordinates] = mean
+        return target, after, mean
 
     def _answer(self, session: Session, header: Header, staleness: int) -> bytes:
         """Advance the session's record and encode what it advanced by."""

@@ -13,7 +13,7 @@ from torch import nn
 
 import dgs
 from dgs.config import RetryConfig, ServerConfig, WorkerConfig
-from dgs.errors import UnknownWorkerError
+from dgs.errors import TooLargeError, UnknownWorkerError
 from dgs.transport.base import Transport
 from dgs.transport.retry import RetryingTransport
 from tests.helpers.faults import Fault, FaultyTransport
@@ -138,8 +138,9 @@ def test_a_worker_whose_base_differs_says_so_counts_it_and_pulls_the_model(
     opt.close()
 
 
+@pytest.mark.parametrize("error", [MemoryError, TooLargeError])
 def test_a_defect_half_way_through_an_exchange_never_applies_it_twice(
-    monkeypatch: pytest.MonkeyPatch,
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     servers = make_servers()
     rng = np.random.default_rng(3)
@@ -148,11 +149,11 @@ def test_a_defect_half_way_through_an_exchange_never_applies_it_twice(
     frame = site.collect(gaussian(rng, SIZE))[0]
 
     def fails(*_: object) -> None:
-        raise MemoryError
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr("dgs.tracker.Record.advance", fails)
-        with pytest.raises(MemoryError):
+        with pytest.raises(error):
             servers[0].handle("Exchange", frame)
     model = server_model(servers)
     with pytest.raises(UnknownWorkerError):
