@@ -7,11 +7,16 @@ bytes.
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from dgs.config import RetryConfig, ServerConfig, WorkerConfig
 from dgs.errors import DgsError
-from dgs.optimizer import DistributedOptimizer
-from dgs.server import ParameterServer
-from dgs.serving import serve
+
+if TYPE_CHECKING:
+    from dgs.optimizer import DistributedOptimizer
+    from dgs.server import ParameterServer
+    from dgs.serving import serve
 
 __all__ = [
     "DgsError",
@@ -22,3 +27,22 @@ __all__ = [
     "WorkerConfig",
     "serve",
 ]
+
+_LOADED_WHEN_USED = {
+    "DistributedOptimizer": "dgs.optimizer",
+    "ParameterServer": "dgs.server",
+    "serve": "dgs.serving",
+}
+"""What needs torch, which takes seconds to import: the program ``dgs`` must be able to take Ctrl-C
+before it."""
+
+if not TYPE_CHECKING:  # else every misspelt name would pass for one of these
+
+    def __getattr__(name: str) -> object:
+        module = _LOADED_WHEN_USED.get(name)
+        if module is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(module), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -30,8 +30,8 @@ class Binding:
     Args:
         inner: the optimizer that steps them; each of its parameters must be named.
         named_parameters: names and parameters, as ``model.named_parameters()`` gives them.
-        named_buffers: names and buffers to average; those that are not floating point, or that hold
-            infinities (masks), are left out.
+        named_buffers: names and buffers to average, in float32; those that are not floating point,
+            or that hold infinities (masks), are left out.
 
     Raises:
         ConfigError: a parameter of the optimizer has no name, a dtype is not supported, or a name
@@ -124,14 +124,11 @@ class Binding:
 
     def read_model(self) -> FloatArray:
         """Return parameters and buffers as one flat float32 array: the model before training."""
-        tensors = [*self._masters, *self._buffers]
-        flat = [t.detach().reshape(-1).to("cpu", torch.float32) for t in tensors]
-        return torch.cat([torch.zeros(0), *flat]).numpy()
+        return _flatten([*self._masters, *self._buffers])
 
     def read_buffers(self) -> FloatArray:
         """Return the float buffers as one flat float32 array."""
-        flat = [b.detach().reshape(-1).to("cpu", torch.float32) for b in self._buffers]
-        return torch.cat([torch.zeros(0), *flat]).numpy()
+        return _flatten(self._buffers)
 
     @torch.no_grad()
     def write_buffers(self, values: FloatArray) -> None:
@@ -179,9 +176,11 @@ class Binding:
         """Let the inner optimizer see masters in its groups, for as long as the context lasts.
 
         Its state belongs to the masters, so saving and loading that state needs this as well.
+        State that it made while it saw the parameters is moved to the masters first.
         """
         self._exchange_groups(self._params, self._masters)
         try:
+            self._state_to_masters()
             yield
         finally:
             self._exchange_groups(self._masters, self._params)
@@ -190,6 +189,13 @@ class Binding:
         swap = {id(a): b for a, b in zip(old, new, strict=True)}
         for group in self._inner.param_groups:  # in place: some optimizers keep the list itself
             group["params"][:] = [swap.get(id(p), p) for p in group["params"]]
+
+    def _state_to_masters(self) -> None:
+        state = self._inner.state
+        for master, param in self._lower():
+            found = state.pop(param, None)
+            if found and not state.get(master):  # looking it up leaves an empty one behind
+                state[master] = _widened(found)
 
     def _lower(self) -> Iterator[tuple[Tensor, Tensor]]:
         pairs = zip(self._masters, self._params, strict=True)
@@ -214,6 +220,22 @@ def _unique(named: Iterable[tuple[str, Tensor]]) -> list[tuple[list[str], Tensor
         if name not in names:
             names.append(name)
     return list(found.values())
+
+
+def _flatten(tensors: Iterable[Tensor]) -> FloatArray:
+    flat = [t.detach().reshape(-1).to("cpu", torch.float32) for t in tensors]
+    return torch.cat([torch.zeros(0, dtype=torch.float32, device="cpu"), *flat]).numpy()
+
+
+def _widened(value: Any) -> Any:
+    """Return an optimizer's state with every tensor of lower precision as float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in LOW_PRECISION else value
+    if isinstance(value, dict):
+        return {k: _widened(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_widened(v) for v in value)
+    return value
 
 
 def _can_be_averaged(buffer: Tensor) -> bool:

@@ -10,13 +10,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dgs._proto import parameter_server_pb2 as pb
 from dgs.config import WorkerConfig
+from dgs.dialog import Ticket
 from dgs.errors import (
     ChecksumError,
     ConfigError,
@@ -31,9 +32,8 @@ from dgs.messages import parse, space_from_message, space_to_message, views_to_m
 from dgs.space import FloatArray, ParameterSpace
 from dgs.transport.base import Method, Transport
 from dgs.view import View
-from dgs.worker import Ticket
 
-__all__ = ["Client", "Joined", "Resume", "pull_model", "server_status"]
+__all__ = ["Client", "Joined", "Outgoing", "Resume", "pull_model", "server_status", "settled"]
 
 logger = logging.getLogger("dgs.client")
 
@@ -53,6 +53,8 @@ class Joined:
     """Frames of the records to start from; None where earlier sessions go on."""
     gave_model: bool
     """Whether this worker gave the servers their model."""
+    unchanged: bool
+    """Whether no server has applied anything of this worker since the exchange to resume."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +66,40 @@ class Resume:
     """Sequence number of the last exchange whose reply was taken."""
     in_flight: bool
     """Whether the next exchange was sent, and will be repeated."""
+
+
+class Outgoing:
+    """Calls to shards, each made as soon as its request is there.
+
+    Args:
+        call: makes one, given the shard and the request.
+        pool: where calls run; None for a single one, which then runs in `wait`.
+    """
+
+    def __init__(
+        self, call: Callable[[int, bytes], bytes], pool: ThreadPoolExecutor | None
+    ) -> None:
+        """Start with nothing sent."""
+        self._call = call
+        self._pool = pool
+        self._results: list[Callable[[], bytes]] = []
+
+    def send(self, shard: int, request: bytes) -> None:
+        """Make one call; shards in order."""
+        if self._pool is None:
+            self._results.append(lambda: self._call(shard, request))
+        else:
+            self._results.append(self._pool.submit(self._call, shard, request).result)
+
+    def wait(self) -> list[bytes | DgsError]:
+        """Return what became of each, once all have ended: what follows must not overtake any."""
+        outcomes: list[bytes | DgsError] = []
+        for result in self._results:
+            try:
+                outcomes.append(result())
+            except DgsError as e:
+                outcomes.append(e)
+        return outcomes
 
 
 class Client:
@@ -121,6 +157,8 @@ class Client:
         self,
         give_model: Callable[[], FloatArray],
         resume: Sequence[Resume] | None = None,
+        *,
+        restore: bool = False,
     ) -> Joined:
         """Open a session with every shard, as a new incarnation of this worker.
 
@@ -129,6 +167,7 @@ class Client:
                 none and ask this worker for it.
             resume: earlier sessions to go on with, one per shard; if any server cannot, all
                 sessions are opened anew.
+            restore: offer the model also to servers that have one, but have trained nothing.
 
         Raises:
             ServerUnavailableError: a server was not reached within the connect budget.
@@ -141,6 +180,7 @@ class Client:
         for shard in range(len(self._transports)):
             first = replies[0].initialiser if replies else self.name
             request = self._join_request(shard, may_initialise=first == self.name)
+            request.restore = restore and request.may_initialise
             if resume is not None:
                 request.resume_incarnation = resume[shard].incarnation
                 request.resume_seq = resume[shard].seq
@@ -152,8 +192,9 @@ class Client:
                 reply = self._join_shard(shard, request)
             replies.append(reply)
         resumed = [r.outcome == pb.JoinReply.RESUMED for r in replies]
+        unchanged = all(r.unchanged for r in replies)
         if any(resumed) and not all(resumed):
-            return self.join(give_model)
+            return replace(self.join(give_model), unchanged=unchanged)
         self._tickets = [
             Ticket(
                 run=r.run,
@@ -164,7 +205,7 @@ class Client:
             for r in replies
         ]
         models = None if all(resumed) else self._for_all(self._pull_record)
-        return Joined(tickets=self._tickets, models=models, gave_model=gave)
+        return Joined(tickets=self._tickets, models=models, gave_model=gave, unchanged=unchanged)
 
     def _join_request(self, shard: int, *, may_initialise: bool) -> pb.JoinRequest:
         view, config = self._views[self._member], self._config
@@ -193,10 +234,10 @@ class Client:
                 Method.JOIN, request.SerializeToString(), timeout_s=budget
             )
         except ServerUnavailableError as e:
-            if not isinstance(e.__cause__, NotReadyError) or not request.may_initialise:
+            if not isinstance(e.__cause__, NotReadyError):
                 raise
             logger.warning("%s; giving it the model of worker %s instead", e, self.name)
-            request.take_over = True
+            request.may_initialise = request.take_over = len(self._views) == 1
             reply = self._transports[shard].call(
                 Method.JOIN, request.SerializeToString(), timeout_s=budget
             )
@@ -236,13 +277,25 @@ class Client:
             ServerUnavailableError: a server did not answer within the budget; whether it applied
                 the update is unknown, and the same frames may be sent again.
         """
-        self._check_usable()
-        return self._for_all(lambda i: self._intact(i, Method.EXCHANGE, frames[i]))
+        return settled(self.try_exchange(frames))
 
-    def exchange_later(self, frames: Sequence[bytes]) -> Future[list[bytes]]:
-        """Start an exchange and return at once; the result is that of `exchange`."""
+    def try_exchange(self, frames: Sequence[bytes]) -> list[bytes | DgsError]:
+        """Send one frame per shard and wait for what becomes of each: its reply, or its error."""
+        outgoing = self.begin_exchange()
+        for shard, frame in enumerate(frames):
+            outgoing.send(shard, frame)
+        return outgoing.wait()
+
+    def begin_exchange(self, *, at_once: bool = False) -> Outgoing:
+        """Start an exchange whose frames are still being made.
+
+        Args:
+            at_once: send in the background also where there is one shard only, for a caller that
+                has other things to do before it waits.
+        """
         self._check_usable()
-        return self._threads().submit(self.exchange, frames)
+        pool = self._threads() if at_once or len(self._transports) > 1 else None
+        return Outgoing(lambda i, frame: self._intact(i, Method.EXCHANGE, frame), pool)
 
     def _intact(self, shard: int, method: Method, request: bytes) -> bytes:
         """Call, and ask again for a reply that was damaged on its way."""
@@ -263,15 +316,15 @@ class Client:
         return self._transports[shard].address
 
     def _for_all(self, call: Callable[[int], bytes]) -> list[bytes]:
-        if len(self._transports) == 1:
-            return [call(0)]
-        futures = [self._threads().submit(call, i) for i in range(len(self._transports))]
-        wait(futures)  # all of them, also when one fails: what follows must not overtake the rest
-        return [f.result() for f in futures]
+        pool = self._threads() if len(self._transports) > 1 else None
+        outgoing = Outgoing(lambda i, _: call(i), pool)
+        for shard in range(len(self._transports)):
+            outgoing.send(shard, b"")
+        return settled(outgoing.wait())
 
     def _threads(self) -> ThreadPoolExecutor:
-        if self._pool is None:  # one more thread than shards: an exchange in flight waits in it
-            count = len(self._transports) + 1
+        if self._pool is None:
+            count = len(self._transports)
             self._pool = ThreadPoolExecutor(count, thread_name_prefix="dgs-client")
         return self._pool
 
@@ -320,6 +373,16 @@ class Client:
             transport.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True)
+
+
+def settled(outcomes: Sequence[bytes | DgsError]) -> list[bytes]:
+    """Return the replies of all shards, or raise the first error."""
+    replies: list[bytes] = []
+    for outcome in outcomes:
+        if isinstance(outcome, DgsError):
+            raise outcome
+        replies.append(outcome)
+    return replies
 
 
 def server_status(transport: Transport, *, timeout_s: float) -> pb.StatusReply:

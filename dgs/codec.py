@@ -31,7 +31,9 @@ from dgs.bits import (
 from dgs.config import Values
 from dgs.errors import ConfigError, MalformedError, TooLargeError
 from dgs.quantize import (
+    BLOCK_ENTRIES,
     SCALED_KINDS,
+    VALUE_KINDS,
     block_lengths,
     blocks_per_segment,
     dequantize,
@@ -40,7 +42,7 @@ from dgs.quantize import (
     quantize,
 )
 
-__all__ = ["Encoded", "decode_body", "encode_body"]
+__all__ = ["Encoded", "decode_body", "encode_body", "max_body_bytes"]
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
@@ -174,6 +176,30 @@ def decode_body(
     reader.end()
     offsets += np.repeat(np.cumsum(sizes) - sizes, counts)
     return offsets, dequantize(payload, scales, counts, kind)
+
+
+def max_body_bytes(size: int, num_segments: int) -> int:
+    """Return the most bytes that a body can have, whoever wrote it, of any kind of values.
+
+    An entry takes most index bits where its gap is 0 and the Rice parameter the largest: 1 + 22 for
+    the one coordinate that it uses up; a longer gap takes at most 39 bits for at least two.
+
+    Args:
+        size: coordinates, the sum of the segment sizes.
+        num_segments: segments, empty ones included.
+
+    Example:
+        >>> max_body_bytes(1, 1), max_body_bytes(10**6, 4)
+        (19, 6876002)
+    """
+    table, unary_length = 4 * num_segments, 4
+    blocks = min(size, num_segments + size // BLOCK_ENTRIES)
+    index_bits = (1 + GAP_BITS) * size + 3 * 7  # three streams, each padded to a whole byte
+    values = max(
+        payload_bytes(size, kind) + (4 * blocks if kind in SCALED_KINDS else 0)
+        for kind in VALUE_KINDS
+    )
+    return table + blocks + unary_length + index_bits // 8 + values
 
 
 class _Reader:

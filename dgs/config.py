@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 from dgs.errors import ConfigError
 
-__all__ = ["RetryConfig", "Rule", "Selection", "ServerConfig", "Values", "WorkerConfig"]
+__all__ = [
+    "RetryConfig",
+    "Rule",
+    "Selection",
+    "ServerConfig",
+    "Values",
+    "WorkerConfig",
+    "is_worker_name",
+]
 
 Rule = Literal["samomentum", "residual", "dgc", "none"]
 Selection = Literal["tracked", "exact"]
@@ -27,9 +36,37 @@ def _require_choice(name: str, value: object, choices: object) -> None:
     _require(value in allowed, name, value, "choose one of " + ", ".join(map(repr, allowed)))
 
 
-def _require_fraction(name: str, value: float) -> None:
-    ok = isinstance(value, int | float) and math.isfinite(value) and 0.0 < value <= 1.0
-    _require(ok, name, value, "give a fraction in (0, 1], such as 0.01 for 1 %")
+def _settle_real(config: object, name: str, ok: Callable[[float], bool], wanted: str) -> None:
+    """Check a field that is a number, and make it a plain float; True and False are none."""
+    value = getattr(config, name)
+    good = isinstance(value, Real) and not isinstance(value, bool)
+    _require(good and ok(value), name, value, wanted)
+    object.__setattr__(config, name, float(value))
+
+
+def _settle_fraction(config: object, name: str) -> None:
+    wanted = "give a fraction in (0, 1], such as 0.01 for 1 %"
+    _settle_real(config, name, lambda value: 0.0 < value <= 1.0, wanted)
+
+
+def _settle_whole(config: object, name: str, least: int, most: int | None = None) -> None:
+    """Check a field that is a whole number, and make it a plain int; True and False are none."""
+    value = getattr(config, name)
+    good = isinstance(value, Integral) and not isinstance(value, bool)
+    good = good and least <= value and (most is None or value <= most)
+    upper = "" if most is None else f" and <= {most}"
+    _require(good, name, value, f"give a whole number >= {least}{upper}")
+    object.__setattr__(config, name, int(value))
+
+
+def is_worker_name(name: str) -> bool:
+    r"""Tell whether a worker may have this name: terminals show it, and messages carry it.
+
+    Example:
+        >>> is_worker_name("worker-0"), is_worker_name("\x1b[2J"), is_worker_name("")
+        (True, False, False)
+    """
+    return 0 < len(name) <= 128 and name.isprintable()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,10 +90,9 @@ class RetryConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
+        wanted = "give a positive number of seconds, at most 1e9"
         for f in fields(self):
-            value = getattr(self, f.name)
-            ok = isinstance(value, int | float) and math.isfinite(value) and value > 0
-            _require(ok, f.name, value, "give a positive number of seconds")
+            _settle_real(self, f.name, lambda v: 0 < v <= 1e9, wanted)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +123,7 @@ class WorkerConfig:
     carried from step to step."""
 
     dense_below: int = 32
-    """Under ``tracked``, tensors with fewer entries than this are sent whole."""
+    """Under ``tracked``, tensors with fewer entries than this are sent whole; below 2**32."""
 
     values: Values = "float32"
     """How values are coded on the wire, both ways; rounding errors are kept, never lost."""
@@ -107,7 +143,8 @@ class WorkerConfig:
     """Float buffers handed over as `named_buffers`: averaged by the server, or kept ``local``."""
 
     worker: str = ""
-    """Name of this worker, unique in the run; empty: ``DGS_WORKER``, or a random name."""
+    """Name of this worker, unique in the run, at most 128 printable characters; empty:
+    ``DGS_WORKER``, or a random name."""
 
     retry: RetryConfig = field(default_factory=RetryConfig)
     """How long a worker waits for its server."""
@@ -119,17 +156,18 @@ class WorkerConfig:
         _require_choice("values", self.values, Values)
         _require_choice("view", self.view, Where)
         _require_choice("buffers", self.buffers, Buffers)
-        _require_fraction("density", self.density)
-        _require_fraction("download_density", self.download_density)
-        m = self.momentum
-        ok = isinstance(m, int | float) and math.isfinite(m) and 0.0 <= m < 1.0
-        _require(ok, "momentum", m, "give a number in [0, 1), such as 0.7")
-        h = self.local_steps
-        _require(isinstance(h, int) and h >= 1, "local_steps", h, "give a whole number >= 1")
-        d = self.dense_below
-        _require(isinstance(d, int) and d >= 0, "dense_below", d, "give a whole number >= 0")
-        _require(isinstance(self.worker, str), "worker", self.worker, "give a string")
-        _require(len(self.worker) <= 128, "worker", self.worker, "give at most 128 characters")
+        _settle_fraction(self, "density")
+        _settle_fraction(self, "download_density")
+        wanted = "give a number in [0, 1), such as 0.7"
+        _settle_real(self, "momentum", lambda value: 0.0 <= value < 1.0, wanted)
+        _settle_whole(self, "local_steps", 1)
+        _settle_whole(self, "dense_below", 0, 0xFFFFFFFF)
+        w = self.worker
+        _require(isinstance(w, str), "worker", w, "give a string")
+        _require(len(w) <= 128, "worker", w, "give at most 128 characters")
+        _require(w == "" or is_worker_name(w), "worker", w, "give printable characters only")
+        _require(isinstance(self.overlap, bool), "overlap", self.overlap, "give True or False")
+        _require(isinstance(self.retry, RetryConfig), "retry", self.retry, "give a RetryConfig")
         if self.rule == "none" and (self.density < 1.0 or self.values != "float32"):
             raise ConfigError(
                 "rule='none' keeps nothing back, so it needs density=1.0 and values='float32' "
@@ -149,9 +187,12 @@ class ServerConfig:
     max_workers: int = 1024
     """Sessions admitted at a time; each costs 4 bytes per parameter of memory."""
 
+    max_parameters: int = 1 << 33
+    """Values, buffers included, that a worker's model may have per server it is split over. Each
+    costs 4 bytes, and as much per session."""
+
     def __post_init__(self) -> None:
         """Check every field."""
-        n = self.hash_interval
-        _require(isinstance(n, int) and n >= 0, "hash_interval", n, "give a whole number >= 0")
-        w = self.max_workers
-        _require(isinstance(w, int) and w >= 1, "max_workers", w, "give a whole number >= 1")
+        _settle_whole(self, "hash_interval", 0)
+        _settle_whole(self, "max_workers", 1)
+        _settle_whole(self, "max_parameters", 1)

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dgs.binding import Binding
-from dgs.client import Client, Resume
+from dgs.client import Client, Joined, Outgoing, Resume, settled
 from dgs.config import WorkerConfig
-from dgs.errors import ConfigError, NonFiniteError, ServerUnavailableError
+from dgs.errors import (
+    ConfigError,
+    DgsError,
+    NonFiniteError,
+    SequenceError,
+    ServerUnavailableError,
+    UnknownWorkerError,
+)
 from dgs.metrics import Histogram, Stats
+from dgs.sparsify import Rounds
 from dgs.transport.base import Transport
 from dgs.view import View
 from dgs.worker import Worker
@@ -58,8 +65,12 @@ class Exchanger:
         self._client = Client(transports, config, name, [view])
         self._worker = Worker(view, len(transports), config, binding.device)
         self._start = torch.zeros_like(self._worker.base) if config.overlap else None
-        self._future: Future[list[bytes]] | None = None
-        self._join()
+        self._outgoing: Outgoing | None = None
+        try:
+            self._join()
+        except BaseException:
+            self._client.close(leave=False)
+            raise
 
     @property
     def name(self) -> str:
@@ -72,7 +83,7 @@ class Exchanger:
         Raises:
             ServerUnavailableError: it still does not.
         """
-        if self._worker.pending is not None and self._start is None:
+        if self._worker.dialog.pending is not None and self._start is None:
             self._finish()
             self._restart()
 
@@ -92,7 +103,7 @@ class Exchanger:
             raise
         if self._start is None:
             self._worker.buffers[:] = self._binding.read_buffers()
-            self._worker.collect(lambda i: self._worker.start(i) - self._local(i))
+            self._send(lambda i: (self._worker.start(i), self._local(i)))
             self._finish()
         else:
             self._overlap(self._start)
@@ -103,28 +114,43 @@ class Exchanger:
         buffers = self._binding.read_buffers()
         self._land()
         averaged = self._worker.buffers.copy() if self.stats.exchanges else buffers
+        self._worker.buffers[:] = buffers
+        self._send(lambda i: (start[self._worker.ranges[i]], self._local(i)))
         for unit, part in enumerate(self._worker.ranges):
             start[part] -= self._local(unit)
-        self._worker.buffers[:] = buffers
-        frames = self._worker.collect(lambda i: start[self._worker.ranges[i]])
         self._worker.start_in_flight(start)
-        self._future = self._client.exchange_later(frames)
         self._worker.buffers[:] = averaged
+
+    def _send(self, rounds: Rounds) -> None:
+        """Make the update of a round and put it on its way."""
+        self._worker.dialog.check_idle()
+        outgoing = self._client.begin_exchange(at_once=self._start is not None)
+        try:
+            self._worker.collect(rounds, outgoing.send)
+        except NonFiniteError:
+            self._worker.drop_non_finite()
+            self._refuse()
+            raise
+        self._outgoing = outgoing
 
     def _local(self, unit: int) -> Tensor:
         return self._binding.local(unit).to(self._worker.base.device)
 
     def _finish(self) -> None:
         """Wait for the exchange that is pending, and take its difference."""
-        pending = self._worker.pending
+        pending = self._worker.dialog.pending
         assert pending is not None
-        refusal: NonFiniteError | None = None
         try:
-            future, self._future = self._future, None
-            replies = future.result() if future is not None else self._client.exchange(pending)
-        except NonFiniteError as e:
-            refusal = e
-            replies = self._client.exchange(self._worker.blank())
+            outgoing, self._outgoing = self._outgoing, None
+            outcomes = outgoing.wait() if outgoing else self._client.try_exchange(pending)
+            refused = {i: e for i, e in enumerate(outcomes) if isinstance(e, NonFiniteError)}
+            if refused:
+                self.stats.refused += 1
+                outcomes = self._client.try_exchange(self._worker.blank(refused))
+            replies = settled(outcomes)
+        except (SequenceError, UnknownWorkerError) as e:
+            self._rejoin(e)
+            return
         finally:
             self._count_bytes()
         answer = self._worker.absorb(replies)
@@ -141,12 +167,23 @@ class Exchanger:
                 self.name,
             )
             self._join()
-        if refusal is not None:
-            self._refuse()
-            raise refusal
+        if refused:
+            self._restart()
+            raise next(iter(refused.values()))
+
+    def _rejoin(self, cause: DgsError) -> None:
+        """Go on from the servers' model, because a server has dropped this worker's session."""
+        self.stats.rejoins += 1
+        logger.warning(
+            "%s. Worker %s joins again and goes on from the servers' model; the update that was "
+            "on its way may be lost, the rest of the velocity is kept",
+            cause,
+            self.name,
+        )
+        self._join()
 
     def _land(self) -> None:
-        if self._worker.pending is not None:
+        if self._worker.dialog.pending is not None:
             self._finish()
 
     def _restart(self) -> None:
@@ -160,19 +197,20 @@ class Exchanger:
         self.stats.refused += 1
         self._restart()
 
-    def _join(self, resume: Sequence[Resume] | None = None) -> bool:
-        """Open sessions; return whether earlier ones go on."""
-        joined = self._client.join(self._binding.read_model, resume)
+    def _join(self) -> None:
+        """Open sessions and start from the servers' model, or give them this worker's."""
+        joined = self._client.join(self._binding.read_model)
         self._count_bytes()
-        if joined.models is None:
-            self._worker.resume(joined.tickets)
-            return True
+        self._begin(joined)
+
+    def _begin(self, joined: Joined) -> None:
+        """Start from the records of fresh sessions."""
+        assert joined.models is not None
         self._worker.join(joined.tickets, joined.models)
         if self._start is not None:
             for unit, part in enumerate(self._worker.ranges):
                 self._start[part] = self._worker.start(unit)
         self._restart()
-        return False
 
     def _count_bytes(self) -> None:
         self.stats.bytes_up = self._client.bytes_up
@@ -191,7 +229,7 @@ class Exchanger:
         Waits for an exchange in flight; if its server does not answer, the state holds the update,
         to be sent again.
         """
-        if self._future is not None:
+        if self._outgoing is not None:
             try:
                 self._land()
             except ServerUnavailableError as e:
@@ -224,45 +262,70 @@ class Exchanger:
             rename: take the saved worker's name, where this one's was made up.
 
         Returns:
-            Whether the session goes on bit for bit. If not, the base is the server's model and
-            only the velocity is the saved one.
+            Whether the session goes on bit for bit. If not, the base is the servers' model: the
+            saved one where they had trained nothing yet. The saved velocity is kept unless some
+            of it may have been applied since.
         """
         if rename:
             self._client.rename(state["worker"])
-        saved = state["worker_state"]
-        in_flight = bool(saved["in_flight"])
-        resume = [
-            Resume(incarnation=i, seq=saved["sequence"] - in_flight, in_flight=in_flight)
-            for i in saved["incarnations"]
-        ]
-        self.stats.steps, self.stats.exchanges = state["steps"], state["exchanges"]
-        self._worker.load_velocity(saved)
-        if not self._join(resume):
-            self.stats.rejoins += 1
+        if self.name != state["worker"]:
             logger.warning(
-                "worker %s could not go on with its saved session (the server has answered it "
-                "since, or has dropped its record). It starts from the server's model, not from "
-                "its saved parameters, and keeps its saved velocity. If the server was started "
-                "anew, give it the model to go on from: dgs server --init FILE.safetensors",
+                "worker %s was given the state of worker %s: it takes the optimizer's state from "
+                "it, but goes on in its own session, from the servers' model",
                 self.name,
+                state["worker"],
             )
             return False
-        tickets = self._worker.tickets
-        self._worker.load_state(saved)
-        self._worker.resume(tickets)
+        saved = state["worker_state"]
+        self.stats.steps, self.stats.exchanges = state["steps"], state["exchanges"]
+        is_new = saved["runs"] != [t.run for t in self._worker.dialog.tickets]
+        joined = self._client.join(
+            lambda: self._worker.saved_model(saved), _sessions_of(saved), restore=is_new
+        )
+        self._count_bytes()
+        self._worker.load_velocity(saved)
+        if joined.models is None:
+            self._go_on(state, joined)
+            return True
+        kept = is_new or joined.unchanged
+        if not kept:  # some of it was applied since, nobody knows which: never apply twice
+            self._worker.forget_velocity()
+        self._begin(joined)
+        self.stats.rejoins += 1
+        logger.warning(
+            "worker %s could not go on with its saved session: %s. It starts from %s and %s its "
+            "saved velocity",
+            self.name,
+            "the servers are new" if is_new else "a server has answered it since, or dropped it",
+            "its saved model, which it gave them" if joined.gave_model else "the servers' model",
+            "keeps" if kept else "drops",
+        )
+        return False
+
+    def _go_on(self, state: dict[str, Any], joined: Joined) -> None:
+        """Set everything to where the state was saved; the sessions are still those."""
+        self._worker.load_state(state["worker_state"])
+        self._worker.dialog.resume(joined.tickets)
         if self._start is not None:
             self._start.copy_(state["start"])
         for unit, values in enumerate(state["local"]):
             self._binding.write(unit, values)
         self._binding.write_buffers(state["local_buffers"].cpu().numpy())
-        return True
 
     def close(self, *, leave: bool) -> None:
         """Land the exchange in flight and close the connections."""
         try:
-            if self._future is not None:
+            if self._outgoing is not None:
                 self._land()
         except ServerUnavailableError as e:
             logger.warning("closed with an exchange in flight: %s", e)
         finally:
             self._client.close(leave=leave)
+
+
+def _sessions_of(saved: dict[str, Any]) -> list[Resume]:
+    in_flight = bool(saved["in_flight"])
+    return [
+        Resume(incarnation=i, seq=saved["sequence"] - in_flight, in_flight=in_flight)
+        for i in saved["incarnations"]
+    ]

@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dgs.codec import max_body_bytes
 from dgs.config import Values
 from dgs.errors import ChecksumError, MalformedError, TooLargeError
 from dgs.quantize import VALUE_KINDS, payload_bytes
@@ -29,6 +30,7 @@ __all__ = [
     "Header",
     "decode_frame",
     "encode_frame",
+    "max_frame_bytes",
     "peek_header",
     "restamp",
 ]
@@ -210,6 +212,21 @@ def peek_header(data: Buffer, *, max_size: int | None = None) -> Header:
     header = _to_header(raw)
     _check(header)
     return header
+
+
+def max_frame_bytes(size: int, num_segments: int, tail: int) -> int:
+    """Return the most bytes that a valid frame can have, of any kind: what a reader must accept.
+
+    Args:
+        size: coordinates of the session on the shard, the tail not counted.
+        num_segments: segments of these, empty ones included.
+        tail: values of the tail. A MODEL that holds them in its body is not longer.
+
+    Example:
+        >>> max_frame_bytes(10**6, 4, 0) - HEADER_BYTES
+        6876002
+    """
+    return HEADER_BYTES + max_body_bytes(size, num_segments) + 4 * tail
 
 
 def restamp(data: Buffer, incarnation: int) -> bytes:

@@ -6,14 +6,22 @@ be, never reaches the state machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
 from dgs._proto import parameter_server_pb2 as pb
-from dgs.errors import MalformedError
-from dgs.space import ParameterSpace, TensorSpec
+from dgs.errors import MalformedError, ViewError
+from dgs.space import (
+    MAX_MEMBERS,
+    MAX_NAMES,
+    MAX_NUMBERS,
+    MAX_RANK,
+    MAX_SLABS,
+    ParameterSpace,
+    TensorSpec,
+)
 from dgs.view import Slab, View
 
 __all__ = [
@@ -49,15 +57,24 @@ def space_to_message(space: ParameterSpace) -> list[pb.TensorSpec]:
     ]
 
 
-def space_from_message(tensors: Iterable[pb.TensorSpec]) -> ParameterSpace:
+def space_from_message(tensors: Sequence[pb.TensorSpec]) -> ParameterSpace:
     """Rebuild a model's index space.
 
     Raises:
         ViewError: the tensors do not make a model; see `ParameterSpace`.
     """
-    return ParameterSpace(
-        tuple(TensorSpec(t.name, tuple(t.shape), t.buffer, tuple(t.aliases)) for t in tensors)
-    )
+    names = len(tensors) + sum(len(t.aliases) for t in tensors)
+    if names > MAX_NAMES:
+        raise ViewError(f"the model has {names} names; at most {MAX_NAMES} are possible")
+    specs = []
+    for t in tensors:
+        if len(t.shape) > MAX_RANK:  # before they are copied: there may be millions
+            raise ViewError(
+                f"tensor {t.name[:80]!r} has {len(t.shape)} dimensions; at most {MAX_RANK} are "
+                "possible"
+            )
+        specs.append(TensorSpec(t.name, tuple(t.shape), t.buffer, tuple(t.aliases)))
+    return ParameterSpace(tuple(specs))
 
 
 def views_to_message(views: Iterable[View]) -> list[pb.View]:
@@ -68,14 +85,30 @@ def views_to_message(views: Iterable[View]) -> list[pb.View]:
     ]
 
 
-def views_from_message(space: ParameterSpace, views: Iterable[pb.View]) -> list[View]:
+def views_from_message(space: ParameterSpace, views: Sequence[pb.View]) -> list[View]:
     """Rebuild the members' views; none at all means one member that holds everything.
 
     Raises:
-        ViewError: a slab does not fit the model; see `View`.
+        ViewError: a slab does not fit the model, see `View`; or there are too many.
     """
-    listed = [
-        View(space, tuple(Slab(s.tensor, tuple(s.offset), tuple(s.shape)) for s in v.slabs))
-        for v in views
-    ]
+    if len(views) > MAX_MEMBERS:
+        raise ViewError(f"the worker has {len(views)} members; at most {MAX_MEMBERS} are possible")
+    count = sum(len(v.slabs) for v in views)
+    if count > MAX_SLABS:
+        raise ViewError(f"the views list {count} slabs; at most {MAX_SLABS} are possible")
+    listed, numbers = [], 0
+    for v in views:
+        slabs = []
+        for s in v.slabs:
+            offset, shape = s.offset, s.shape
+            if len(offset) > MAX_RANK or len(shape) > MAX_RANK:  # before they are copied
+                raise ViewError(
+                    f"a slab of tensor {s.tensor} has {len(offset)} first indices and "
+                    f"{len(shape)} extents; at most {MAX_RANK} are possible"
+                )
+            numbers += len(shape)
+            slabs.append(Slab(s.tensor, tuple(offset), tuple(shape)))
+        if numbers > MAX_NUMBERS:
+            raise ViewError(f"the views list more than {MAX_NUMBERS} extents")
+        listed.append(View(space, tuple(slabs)))
     return listed or [View.whole(space)]

@@ -1,13 +1,13 @@
 """What a worker remembers of what it did not send: four rules behind one protocol.
 
-The *progress* of a round (base - local; lr * gradient for plain SGD) enters by `accumulate`, the
-sent part leaves by `settle`. All rules work in place on flat float32 tensors, part by part, and
+The *progress* of a round (start - end; lr * gradient for plain SGD) enters by `fold`, the sent part
+leaves by `settle`. All rules work in place on flat float32 tensors, part by part, and
 keep the rounding error of quantised values, so nothing is ever lost.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from dgs.errors import ConfigError
 
 __all__ = [
     "DGC",
+    "Fold",
     "MomentumRule",
     "NoMemory",
     "Residual",
@@ -26,18 +27,39 @@ __all__ = [
 ]
 
 
+class Fold(NamedTuple):
+    """An addition that is still to be made: ``held += left - right``.
+
+    Attributes:
+        held: changed in place, the candidates to select from once that is done; None where nothing
+            is kept and ``left - right`` are the candidates.
+        left: float32, not to be modified.
+        right: likewise; None stands for zeros.
+    """
+
+    held: Tensor | None
+    left: Tensor
+    right: Tensor | None
+
+    def finish(self) -> Tensor:
+        """Make the addition and return the candidates; to be read only, and before the next one."""
+        addend = self.left if self.right is None else self.left - self.right
+        return addend if self.held is None else self.held.add_(addend)
+
+
 class MomentumRule(Protocol):
     """Hold back what is not sent, and decide what becomes of what is."""
 
-    def accumulate(self, part: slice, progress: Tensor) -> Tensor:
-        """Add one tensor's progress and return the candidates to select from.
+    def fold(self, part: slice, start: Tensor, end: Tensor) -> Fold:
+        """Take in one tensor's progress, ``start - end``, all but the last addition.
+
+        That one is left to whoever selects, who can do both in one pass over memory.
 
         Args:
             part: the tensor's range in the flat index space.
-            progress: shape ``(part.stop - part.start,)``, float32; not modified.
-
-        Returns:
-            The candidates, same shape; to be read before the next call, not to be modified.
+            start: where the round began, shape ``(part.stop - part.start,)``, float32; not
+                modified.
+            end: where it ended, likewise.
         """
         ...
 
@@ -62,9 +84,9 @@ class MomentumRule(Protocol):
 class NoMemory:
     """Remember nothing: everything is sent. With it, an exchange is asynchronous SGD (ASGD)."""
 
-    def accumulate(self, part: slice, progress: Tensor) -> Tensor:
+    def fold(self, part: slice, start: Tensor, end: Tensor) -> Fold:
         """Return the progress itself; see `MomentumRule`."""
-        return progress
+        return Fold(None, start, end)
 
     def settle(self, indices: Tensor, update: Tensor) -> None:
         """Do nothing: nothing was kept."""
@@ -89,7 +111,7 @@ class SAMomentum:
     Args:
         size: coordinates of the flat index space.
         momentum: m, in [0, 1).
-        device: where the velocity lives.
+        device: where the velocity lives; None is the CPU, whatever torch's default device is.
 
     References:
         Yan et al., ICPP 2020, eq. 14-16 and Algorithm 3. The paper divides unsent coordinates by m
@@ -99,12 +121,12 @@ class SAMomentum:
 
     def __init__(self, size: int, momentum: float, device: torch.device | None = None) -> None:
         """Start with zero velocity."""
-        self._velocity = torch.zeros(size, dtype=torch.float32, device=device)
+        self._velocity = _zeros(size, device)
         self._momentum = momentum
 
-    def accumulate(self, part: slice, progress: Tensor) -> Tensor:
-        """Add progress to the velocity and return it; see `MomentumRule`."""
-        return self._velocity[part].add_(progress)
+    def fold(self, part: slice, start: Tensor, end: Tensor) -> Fold:
+        """Add progress to the velocity; see `MomentumRule`."""
+        return Fold(self._velocity[part], start, end)
 
     def settle(self, indices: Tensor, update: Tensor) -> None:
         """Decay what was sent, keep what was rounded away; see `MomentumRule`."""
@@ -142,7 +164,7 @@ class DGC:
     Args:
         size: coordinates of the flat index space.
         momentum: m, in [0, 1).
-        device: where both live.
+        device: where both live; None is the CPU.
 
     References:
         Lin et al., ICLR 2018, sections 3.2 and 3.3. Deviation: what rounding took from the update
@@ -151,14 +173,14 @@ class DGC:
 
     def __init__(self, size: int, momentum: float, device: torch.device | None = None) -> None:
         """Start with zero velocity and nothing held back."""
-        self._velocity = torch.zeros(size, dtype=torch.float32, device=device)
-        self._residual = torch.zeros(size, dtype=torch.float32, device=device)
+        self._velocity = _zeros(size, device)
+        self._residual = _zeros(size, device)
         self._momentum = momentum
 
-    def accumulate(self, part: slice, progress: Tensor) -> Tensor:
-        """Advance the velocity, add it to the residual and return that; see `MomentumRule`."""
-        velocity = self._velocity[part].mul_(self._momentum).add_(progress)
-        return self._residual[part].add_(velocity)
+    def fold(self, part: slice, start: Tensor, end: Tensor) -> Fold:
+        """Advance the velocity and add it to the residual; see `MomentumRule`."""
+        velocity = self._velocity[part].mul_(self._momentum).add_(start - end)
+        return Fold(self._residual[part], velocity, None)
 
     def settle(self, indices: Tensor, update: Tensor) -> None:
         """Take what was sent from the residual and mask its velocity; see `MomentumRule`."""
@@ -188,7 +210,7 @@ def make_rule(
         rule: its name.
         size: coordinates of the flat index space.
         momentum: m, in [0, 1); rules without momentum do not use it.
-        device: where the state lives.
+        device: where the state lives; None is the CPU.
 
     Raises:
         ConfigError: `rule` is unknown.
@@ -204,3 +226,7 @@ def make_rule(
             return NoMemory()
         case _:
             raise ConfigError(f"rule={rule!r} is not valid: see WorkerConfig.rule")
+
+
+def _zeros(size: int, device: torch.device | None) -> Tensor:
+    return torch.zeros(size, dtype=torch.float32, device=device or "cpu")

@@ -6,10 +6,11 @@ import copy
 import os
 import secrets
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -23,6 +24,16 @@ from dgs.momentum import has_momentum
 from dgs.transport.connect import Servers, connect
 
 __all__ = ["DistributedOptimizer"]
+
+SAVED_BY_EXCHANGER = (
+    *("round_steps", "worker", "worker_state", "local", "local_buffers"),
+    *("start", "steps", "exchanges"),
+)
+SAVED_BY_WORKER = (
+    *("base", "buffers", "averaged", "selection", "sequence", "versions"),
+    *("in_flight", "runs", "incarnations"),
+)
+"""What loading reads of the saved state, besides what the momentum rule saved."""
 
 
 class DistributedOptimizer(Optimizer):
@@ -39,24 +50,27 @@ class DistributedOptimizer(Optimizer):
     Args:
         inner: any `torch.optim` optimizer; its parameters keep their groups and settings.
         named_parameters: ``model.named_parameters()``, of the whole model; the first worker's
-            values start the run, all others start from the server's.
+            values start the run, all others start from the server's. With tied weights, pass
+            ``model.named_parameters(remove_duplicate=False)``: by default torch lists the first
+            of their names only, and `pull_model` can give no other.
         server: ``"HOST:PORT"``, several separated by commas for several shards, or a
             `dgs.ParameterServer` in this process; None reads ``DGS_SERVER``.
         config: settings; those given by name below take precedence.
         named_buffers: ``model.named_buffers()``, to have float buffers (such as BatchNorm's
-            statistics) averaged by the server and included in its model. Integer buffers and
-            those with infinities stay local; leave out buffers that are not in the model's
-            ``state_dict()``.
+            statistics) averaged by the server and included in its model, in float32: float64
+            buffers are rounded to it. Integer buffers and those with infinities stay local; leave
+            out buffers that are not in the model's ``state_dict()``.
         **settings: fields of `dgs.WorkerConfig`.
 
     Raises:
-        ConfigError: a setting is out of range, or a parameter has no name.
+        ConfigError: a setting is out of range, a parameter has no name, or `inner` is no optimizer.
         ServerUnavailableError: the server was not reached within `retry.connect_budget_s`.
         ModelMismatchError: the server holds another model; names the first differing tensor.
 
     Note:
         Not collective: each worker steps at its own pace. `step` waits for the server's answer
-        unless `overlap` is set.
+        unless `overlap` is set. It holds open connections, so it can be neither copied nor
+        pickled; what it knows is in `state_dict`.
 
     Example:
         >>> import dgs, torch
@@ -84,6 +98,7 @@ class DistributedOptimizer(Optimizer):
         **settings: Any,
     ) -> None:
         """Join the run; the parameters are set to the server's model, if it has one."""
+        _require_optimizer(inner)
         self._config = config = _configure(config, settings)
         super().__init__([dict(g) for g in inner.param_groups], inner.defaults)
         self._inner = inner
@@ -91,10 +106,16 @@ class DistributedOptimizer(Optimizer):
         averaged = named_buffers if config.buffers == "average" else ()
         self._binding = Binding(inner, named_parameters, averaged)
         self._round_steps = 0
-        name = config.worker or os.environ.get("DGS_WORKER", "")
-        self._named = bool(name)
+        self._closed = False
+        self._named = bool(config.worker)
+        name = config.worker or _random_name()
         transports = connect(server, config.retry)
-        self._exchanger = Exchanger(self._binding, transports, config, name or _random_name())
+        try:
+            self._exchanger = Exchanger(self._binding, transports, config, name)
+        except BaseException:
+            for transport in transports:
+                transport.close()
+            raise
         self.stats: Stats = self._exchanger.stats
 
     @property
@@ -126,7 +147,9 @@ class DistributedOptimizer(Optimizer):
                 and the parameters are back where the round started.
             ServerUnavailableError: no answer within `retry.budget_s`. The exchange is finished
                 first by the next call of `step`; nothing is lost or applied twice.
+            ConfigError: the optimizer is closed.
         """
+        self._check_open()
         self._warn_of_double_momentum()
         self._exchanger.begin_step()
         loss = self._binding.step(closure)
@@ -155,10 +178,15 @@ class DistributedOptimizer(Optimizer):
         long as the server has answered nothing to this worker since. It holds tensors, numbers,
         strings, lists and dictionaries only, so ``torch.load(weights_only=True)`` reads it.
         """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         exchange = self._exchanger.state()
         with self._binding.masters_in_place():
             state = copy.deepcopy(self._inner.state_dict())
         state["dgs"] = {"round_steps": self._round_steps, **exchange}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state)
+            state = state if changed is None else changed
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -171,11 +199,17 @@ class DistributedOptimizer(Optimizer):
         Raises:
             ConfigError: the state is not one of this class, or of another model or rule.
         """
-        if "dgs" not in state_dict:
-            raise ConfigError(
-                "this is not the state of a dgs.DistributedOptimizer; load it into the inner "
-                "optimizer instead"
-            )
+        self._check_open()
+        state_dict = dict(state_dict)  # hooks may change what they are given
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self._load(state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        _require_saved(state_dict)
         saved = state_dict["dgs"]
         self._exchanger.check_state(saved)
         with self._binding.masters_in_place():
@@ -191,7 +225,23 @@ class DistributedOptimizer(Optimizer):
             leave: tell the server that this worker is done, so that it frees its record. With
                 False the record stays, for a later process to resume from a saved state.
         """
+        self._closed = True
         self._exchanger.close(leave=leave)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuse to be copied or pickled."""
+        _refuse_copies()
+
+    def __getstate__(self) -> NoReturn:
+        """Refuse to be copied or pickled."""
+        _refuse_copies()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConfigError(
+                "this optimizer is closed; make a new one, and load the state_dict() that was "
+                "saved if this worker is to go on"
+            )
 
     def _share_groups(self) -> None:
         # the same objects, so that schedulers and scalers that hold this optimizer reach the inner
@@ -207,17 +257,74 @@ class DistributedOptimizer(Optimizer):
                 f"{type(self._inner).__name__} has momentum of its own, which at local_steps=1 "
                 f"adds to rule={self._config.rule!r} with momentum={self._config.momentum}; set "
                 "one of them to 0, or take more local steps",
-                stacklevel=3,
+                stacklevel=_users_stacklevel(),
             )
 
 
 def _configure(config: WorkerConfig | None, settings: dict[str, Any]) -> WorkerConfig:
     try:
-        return replace(config or WorkerConfig(), **settings)
+        config = replace(config or WorkerConfig(), **settings)
     except TypeError as e:
         known = ", ".join(WorkerConfig.__dataclass_fields__)
         unknown = ", ".join(s for s in settings if s not in WorkerConfig.__dataclass_fields__)
         raise ConfigError(f"unknown setting {unknown}; the settings are {known}") from e
+    return replace(config, worker=config.worker or os.environ.get("DGS_WORKER", ""))
+
+
+def _require_optimizer(inner: object) -> None:
+    if not isinstance(inner, Optimizer):
+        raise ConfigError(
+            f"the optimizer to wrap is a {type(inner).__name__}; give a torch.optim.Optimizer, "
+            "such as torch.optim.SGD(model.parameters(), lr=0.1)"
+        )
+
+
+def _require_saved(state_dict: dict[str, Any]) -> None:
+    """Check that a saved state has all that loading it reads.
+
+    Raises:
+        ConfigError: it has not; names what is missing.
+    """
+    if "dgs" not in state_dict:
+        raise ConfigError(
+            "this is not the state of a dgs.DistributedOptimizer; load it into the inner "
+            "optimizer instead"
+        )
+    saved = state_dict["dgs"]
+    worker = saved.get("worker_state") if isinstance(saved, dict) else None
+    for where, part, names in (
+        ("it", state_dict, ("state", "param_groups")),
+        ("its 'dgs' part", saved, SAVED_BY_EXCHANGER),
+        ("its 'worker_state' part", worker, SAVED_BY_WORKER),
+    ):
+        missing = [n for n in names if n not in part] if isinstance(part, dict) else list(names)
+        if missing:
+            raise ConfigError(
+                f"the saved state is incomplete: {where} lacks {', '.join(missing)}; load what "
+                "state_dict() returned, whole"
+            )
+
+
+def _refuse_copies() -> NoReturn:
+    raise TypeError(
+        "a DistributedOptimizer holds open connections and can be neither copied nor pickled; save "
+        "its state_dict() instead, and load that into a new one"
+    )
+
+
+def _users_stacklevel() -> int:
+    """Count the calls up to the code that is neither torch's nor this module's.
+
+    Hooks, profiling, learning rate schedulers and gradient scalers each wrap `step`.
+    """
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _wraps_step(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _wraps_step(module: str) -> bool:
+    return module == __name__ or module.partition(".")[0] == "torch"
 
 
 def _random_name() -> str:

@@ -10,95 +10,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Self, cast, get_args
+from typing import Self
 
 from dgs._proto import parameter_server_pb2 as pb
-from dgs.config import Selection, Values
 from dgs.errors import (
     FencedError,
-    MalformedError,
     ModelMismatchError,
     NotReadyError,
     TooLargeError,
     UnknownWorkerError,
 )
-from dgs.frame import WIRE_VERSION
-from dgs.messages import space_from_message, views_from_message
+from dgs.frame import max_frame_bytes
+from dgs.joining import Joining
 from dgs.metrics import Histogram
 from dgs.space import FloatArray, ParameterSpace
 from dgs.tracker import Record
-from dgs.view import Part, View, check_cover
+from dgs.view import Part
 
-__all__ = ["Joining", "Registry", "Session", "Worker"]
+__all__ = ["Registry", "Session", "Worker"]
 
+ACTIVE_ROUNDS = 8
+"""A worker counts as active until every worker could have exchanged this often since its last."""
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Joining:
-    """A checked request to join."""
+FIRST_FRAME_BYTES = 64 << 20
+"""Longest frame that is read before the model is known: enough to tell a worker of an earlier run
+what became of its server."""
 
-    worker: str
-    incarnation: int
-    member: int
-    shard: int
-    num_shards: int
-    view: View
-    download_density: float
-    values: Values
-    selection: Selection
-    dense_below: int
-    may_initialise: bool
-    take_over: bool
-    resume: int
-    """Incarnation of the session to continue, 0 for none ..."""
-    resume_seqs: range
-    """... and the sequence numbers of its last exchange with which it can be."""
-
-    @classmethod
-    def from_message(cls, message: pb.JoinRequest) -> Self:
-        """Check everything that does not depend on the server's state.
-
-        Raises:
-            ModelMismatchError: the protocol differs.
-            ViewError: the model or the views are impossible, leave gaps or overlap.
-            MalformedError: another field is out of range; names it.
-        """
-        m = message
-        if m.protocol != WIRE_VERSION:
-            raise ModelMismatchError(
-                f"the worker speaks wire version {m.protocol}, this server {WIRE_VERSION}; "
-                "install the same release on both sides"
-            )
-        _require(0 < len(m.worker) <= 128, "worker", "a name of 1 to 128 characters")
-        _require(m.incarnation > 0, "incarnation", "a number above 0")
-        _require(0 < m.num_shards <= 1024 and m.shard < m.num_shards, "shard", "a shard below 1024")
-        _require(0.0 < m.download_density <= 1.0, "download_density", "a fraction in (0, 1]")
-        _require(m.values in get_args(Values), "values", "one of the known value codes")
-        _require(m.selection in get_args(Selection), "selection", "'exact' or 'tracked'")
-        space = space_from_message(m.tensors)
-        views = views_from_message(space, m.views)
-        _require(m.member < min(len(views), 1 << 16), "member", "a member that has a view")
-        check_cover(space, views)
-        return cls(
-            worker=m.worker,
-            incarnation=m.incarnation,
-            member=m.member,
-            shard=m.shard,
-            num_shards=m.num_shards,
-            view=views[m.member],
-            download_density=m.download_density,
-            values=cast(Values, m.values),
-            selection=cast(Selection, m.selection),
-            dense_below=m.dense_below,
-            may_initialise=m.may_initialise,
-            take_over=m.take_over,
-            resume=m.resume_incarnation,
-            resume_seqs=range(m.resume_seq, m.resume_seq + 1 + m.resume_in_flight),
-        )
-
-
-def _require(condition: bool, name: str, wanted: str) -> None:
-    if not condition:
-        raise MalformedError(f"the Join request's field {name} is not valid: it must be {wanted}")
+DEPARTED = 4096
+"""Sessions that are remembered after they left, the latest; some hundred bytes each."""
 
 
 @dataclass(slots=True)
@@ -110,7 +49,6 @@ class Session:
     incarnation: int
     part: Part
     record: Record
-    values: Values
     version: int
     """The model's version when this session was last answered."""
     seq: int = 0
@@ -119,12 +57,51 @@ class Session:
     """What that exchange was answered with; a repeated request gets it again."""
     resumed: bool = False
     """Whether an earlier incarnation began it."""
+    unchanged: bool = False
+    """Whether nothing was applied between the exchange that its worker saved and its opening."""
     resumed_from: int = 0
     """That incarnation, until the next exchange: its saved state may be resumed again."""
     exchanges: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
     staleness: Histogram = field(default_factory=Histogram)
+
+    @classmethod
+    def opened(cls, joining: Joining, model: FloatArray, version: int, unchanged: bool) -> Self:
+        """Open a session whose record equals the model."""
+        record = Record(
+            joining.part,
+            model,
+            density=joining.download_density,
+            selection=joining.selection,
+            dense_below=joining.dense_below,
+            values=joining.values,
+        )
+        return cls(
+            joining.worker,
+            joining.member,
+            joining.incarnation,
+            joining.part,
+            record,
+            version,
+            unchanged=unchanged,
+        )
+
+    def is_at(self, joining: Joining) -> bool:
+        """Tell whether this is the session to resume, at the exchange where its worker saved it."""
+        known_as = (self.incarnation, self.resumed_from)
+        return joining.resume > 0 and joining.resume in known_as and self.seq in joining.resume_seqs
+
+    def resume(self, joining: Joining) -> None:
+        """Go on under a newer incarnation, with the settings that it joins with."""
+        self.resumed_from, self.incarnation = joining.resume, joining.incarnation
+        self.resumed = self.unchanged = True
+        self.record.configure(
+            density=joining.download_density,
+            selection=joining.selection,
+            dense_below=joining.dense_below,
+            values=joining.values,
+        )
 
     def record_exchange(self, seq: int, staleness: int, bytes_up: int, reply: bytes) -> None:
         """Note an applied exchange and keep its reply."""
@@ -134,8 +111,8 @@ class Session:
         self.bytes_down += len(reply)
         self.staleness.add(staleness)
 
-    def status(self) -> pb.WorkerStatus:
-        """Describe the session."""
+    def status(self, version: int) -> pb.WorkerStatus:
+        """Describe the session, at a version of the model."""
         return pb.WorkerStatus(
             worker=self.worker,
             member=self.member,
@@ -145,6 +122,7 @@ class Session:
             staleness_p99=self.staleness.percentile(99),
             bytes_up=self.bytes_up,
             bytes_down=self.bytes_down,
+            behind=version - self.version,
         )
 
 
@@ -174,16 +152,25 @@ class Registry:
         self._workers: dict[str, Worker] = {}
         self._by_number: dict[int, Worker] = {}
         self._numbered = 0
+        self._departed: dict[tuple[str, int], tuple[int, int]] = {}
+        self._asked = ""  # the worker that was asked for the model, until it gives it
+        self._asked_to_restore = False
         self.space: ParameterSpace | None = None
         self.shard = 0
         self.num_shards = 1
         self.shard_range = (0, 0)
+        self.max_frame_bytes = FIRST_FRAME_BYTES
         self.initialiser = ""
 
-    @property
-    def num_workers(self) -> int:
-        """Count the workers with a live session."""
-        return sum(1 for w in self._workers.values() if w.live)
+    def num_active(self, version: int) -> int:
+        """Count the workers that still exchange, as far as updates tell; at least 1.
+
+        Args:
+            version: the model's version.
+        """
+        last = [max(s.version for s in w.live.values()) for w in self._workers.values() if w.live]
+        window = ACTIVE_ROUNDS * len(last)
+        return max(1, sum(1 for v in last if version - v <= window))
 
     def sessions(self) -> Iterator[Session]:
         """Iterate over the live sessions."""
@@ -220,10 +207,10 @@ class Registry:
             )
 
     def check_incarnation(self, joining: Joining) -> None:
-        """Hold a join request to newer incarnations of its worker.
+        """Hold a join request to newer incarnations of its worker, and to its own leaving.
 
         Raises:
-            FencedError: one has joined.
+            FencedError: a newer one has joined, or this one has left.
         """
         worker = self._workers.get(joining.worker)
         if worker is not None and joining.incarnation < worker.incarnation:
@@ -232,21 +219,30 @@ class Registry:
                 f"{worker.incarnation}, this one is {joining.incarnation}); give each worker its "
                 "own name, or check the clock of this machine"
             )
+        left, _ = self._departed.get((joining.worker, joining.member), (0, 0))
+        if joining.incarnation <= left:
+            raise FencedError(
+                f"worker {joining.worker!r} has left since this request was made (incarnation "
+                f"{left}, this one is {joining.incarnation}); check the clock of this machine"
+            )
 
     def adopt(self, joining: Joining) -> None:
         """Take the model's tensors, the shard and the initialiser from the first to join."""
         self.space = joining.view.space
         self.shard, self.num_shards = joining.shard, joining.num_shards
-        self.shard_range = self.space.shard_ranges(joining.num_shards)[joining.shard]
+        self.shard_range = start, stop = joining.part.start, joining.part.stop
+        size = max(0, min(stop, self.space.num_parameters) - start)
+        segments = self.space.count_segments(start, stop)
+        self.max_frame_bytes = max_frame_bytes(size, segments, stop - start - size)
         self.initialiser = joining.worker
 
-    def appoint(self, joining: Joining) -> Worker:
-        """Ask a worker to give the model that the server does not have.
+    def appoint(self, joining: Joining, *, has_model: bool) -> Worker:
+        """Ask a worker for the model that the server does not have, or is to be restored to.
 
         Raises:
             NotReadyError: another worker was asked already, or this one did not offer.
         """
-        asked = self.initialiser
+        asked = self._asked
         if not joining.may_initialise:
             raise NotReadyError(
                 f"the server has no model yet; worker {asked!r} was asked to give it"
@@ -256,14 +252,32 @@ class Registry:
         if asked and asked != joining.worker and not joining.take_over:
             raise NotReadyError(f"worker {asked!r} was asked to give the model; it has not yet")
         worker = self._enrol(joining)
-        self.adopt(joining)
+        self._asked, self._asked_to_restore = joining.worker, joining.restore
+        if not has_model:
+            self.adopt(joining)
         return worker
 
-    def open(self, joining: Joining, model: FloatArray, version: int) -> bool:
+    def is_asked(self, worker: Worker) -> bool:
+        """Tell whether a worker was asked for the model and has not given it yet."""
+        return self._asked == worker.name
+
+    def take_given(self, worker: Worker) -> bool:
+        """Note who gave the model; sessions with an earlier model end, to be opened anew.
+
+        Returns:
+            Whether it was asked to restore one that was trained before.
+        """
+        self.initialiser, self._asked = worker.name, ""
+        for w in self._workers.values():
+            w.live, w.retired = {}, {}
+        return self._asked_to_restore
+
+    def open(self, joining: Joining, model: FloatArray, version: int) -> tuple[bool, bool]:
         """Open a session whose record equals the model, or continue an earlier one.
 
         Returns:
-            Whether an earlier session was continued.
+            Whether the session to resume was continued; and if not, whether nothing was applied
+            since the exchange at which it was to be resumed.
 
         Raises:
             TooLargeError: as many sessions as admitted are open.
@@ -271,44 +285,40 @@ class Registry:
         known = self._workers.get(joining.worker)
         current = known.live.get(joining.member) if known else None
         if known and current and current.incarnation == joining.incarnation:
-            return current.resumed  # repeated
+            return current.resumed, current.unchanged  # repeated
         if current is None and sum(1 for _ in self.sessions()) >= self._max_workers:
             raise TooLargeError(
                 f"{self._max_workers} sessions are open, as many as this server admits "
                 "(ServerConfig.max_workers)"
             )
+        joining.part.prepare()  # takes memory, so before anything changes
         worker = self._enrol(joining)
-        resumable = self._resumable(worker, joining)
-        if resumable is not None:
+        earlier = worker.retired.get(joining.member)
+        saved = earlier if earlier is not None and earlier.is_at(joining) else None
+        if saved is not None and saved.part == joining.part:
             del worker.retired[joining.member]
-            resumable.incarnation, resumable.resumed = joining.incarnation, True
-            resumable.resumed_from = joining.resume
-            worker.live[joining.member] = resumable
-            return True
-        part = Part(joining.view, *self.shard_range)
-        record = Record(
-            part,
-            model,
-            density=joining.download_density,
-            selection=joining.selection,
-            dense_below=joining.dense_below,
-            values=joining.values,
-        )
-        worker.live[joining.member] = Session(
-            joining.worker,
-            joining.member,
-            joining.incarnation,
-            part,
-            record,
-            joining.values,
-            version,
-        )
-        return False
+            saved.resume(joining)
+            worker.live[joining.member] = saved
+            return True, True
+        unchanged = saved is not None or self._left_at(joining, earlier)
+        worker.live[joining.member] = Session.opened(joining, model, version, unchanged)
+        return False, unchanged
+
+    def _left_at(self, joining: Joining, since: Session | None) -> bool:
+        """Tell whether the session to resume left at that exchange, and none exchanged since."""
+        left, seq = self._departed.get((joining.worker, joining.member), (0, 0))
+        nothing_since = since is None or since.seq == 0
+        return nothing_since and 0 < left == joining.resume and seq in joining.resume_seqs
 
     def _enrol(self, joining: Joining) -> Worker:
         """Find or number the worker; a newer incarnation retires its sessions."""
         worker = self._workers.get(joining.worker)
         if worker is None:
+            if len(self._workers) >= 2 * self._max_workers:
+                raise TooLargeError(
+                    f"{len(self._workers)} workers have a name here, twice as many as sessions are "
+                    "admitted (ServerConfig.max_workers)"
+                )
             worker = Worker(joining.worker, self._numbered, joining.incarnation)
             self._numbered += 1
             self._workers[worker.name] = self._by_number[worker.number] = worker
@@ -322,15 +332,6 @@ class Registry:
             worker.retired = {**worker.retired, **kept}
             worker.live = {}
         return worker
-
-    def _resumable(self, worker: Worker, joining: Joining) -> Session | None:
-        session = worker.retired.get(joining.member)
-        if session is None or joining.resume == 0:
-            return None
-        if joining.resume not in (session.incarnation, session.resumed_from):
-            return None
-        same_view = session.part.view == joining.view
-        return session if same_view and session.seq in joining.resume_seqs else None
 
     def worker(self, name: str) -> Worker:
         """Return a worker that has joined."""
@@ -386,7 +387,12 @@ class Registry:
             return
         if incarnation < worker.incarnation:
             raise FencedError(f"a newer process has joined as worker {worker.name!r}")
-        worker.live.pop(member, None)
+        session = worker.live.pop(member, None)
         worker.retired.pop(member, None)
+        if session is not None:
+            self._departed.pop((worker.name, member), None)  # the newest stands last
+            self._departed[worker.name, member] = (session.incarnation, session.seq)
+            if len(self._departed) > DEPARTED:
+                del self._departed[next(iter(self._departed))]
         if not worker.live and not worker.retired:
             del self._workers[worker.name], self._by_number[worker.number]

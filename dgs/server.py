@@ -27,10 +27,11 @@ from dgs.errors import (
     WrongRunError,
 )
 from dgs.frame import Frame, FrameKind, Header, decode_frame, encode_frame
+from dgs.joining import Joining
 from dgs.messages import parse, space_to_message
 from dgs.metrics import Histogram
 from dgs.quantize import first_non_finite
-from dgs.registry import Joining, Registry, Session
+from dgs.registry import Registry, Session
 from dgs.space import FloatArray, Int64Array, ParameterSpace
 from dgs.tracker import digest
 
@@ -38,9 +39,6 @@ __all__ = ["ParameterServer"]
 
 CONTROL_BYTES = 64 << 20
 """Largest control message; a Join carries the names and shapes of the whole model."""
-
-FRAME_SLACK_BYTES = 1 << 20
-"""What a frame may hold beyond its values: header, tables, block parameters."""
 
 
 @dataclass(slots=True)
@@ -92,6 +90,7 @@ class ParameterServer:
         self._registry = Registry(self._config.max_workers)
         self._model: FloatArray | None = None
         self._version = 0
+        self._is_fresh = False
         self._turn = Lock()
         self._totals = _Totals(Histogram())
         self._handlers: dict[str, Callable[[bytes], bytes]] = {
@@ -145,11 +144,10 @@ class ParameterServer:
         """Return how long a request may be; a transport refuses longer ones while they arrive."""
         if method not in ("PutModel", "Exchange"):
             return CONTROL_BYTES
-        start, stop = self._registry.shard_range
-        return 6 * (stop - start) + FRAME_SLACK_BYTES
+        return self._registry.max_frame_bytes
 
     def _join(self, request: bytes) -> bytes:
-        joining = Joining.from_message(parse(pb.JoinRequest, request))
+        joining = Joining.from_message(parse(pb.JoinRequest, request), self._config)
         self._registry.check_incarnation(joining)
         if self._model is not None:
             self._registry.check_model(joining)
@@ -159,11 +157,11 @@ class ParameterServer:
             start, stop = self._registry.shard_range
             self._model, self._init = flat[start:stop].copy(), None
         reply = pb.JoinReply(run=self._run, version=self._version)
-        if self._model is None:
-            worker = self._registry.appoint(joining)
+        if self._model is None or (joining.restore and self._untrained):
+            worker = self._registry.appoint(joining, has_model=self.ready)
             reply.outcome = pb.JoinReply.GIVE_MODEL
         else:
-            resumed = self._registry.open(joining, self._model, self._version)
+            resumed, reply.unchanged = self._registry.open(joining, self._model, self._version)
             worker = self._registry.worker(joining.worker)
             reply.outcome = pb.JoinReply.RESUMED if resumed else pb.JoinReply.JOINED
         reply.worker_id = worker.number
@@ -175,26 +173,22 @@ class ParameterServer:
         header = frame.header
         self._check_run(header.run)
         worker = self._registry.worker_numbered(header.worker_id)
-        if self._model is not None:
+        if self.ready and not (self._untrained and self._registry.is_asked(worker)):
             return b""  # repeated, or overtaken: the model that stands is the one that counts
         if header.incarnation != worker.incarnation:
             raise FencedError(
                 f"a newer process has joined as worker {worker.name!r}; this one may not give the "
                 "model any more"
             )
-        start, stop = self._registry.shard_range
-        if header.kind != FrameKind.MODEL or header.size != stop - start:
-            raise MalformedError(
-                f"a model of {header.size} coordinates was sent; this shard has {stop - start}"
-            )
-        values = np.frombuffer(frame.body, dtype="<f4")
-        bad = first_non_finite(values)
-        if bad is not None:
-            name = self._registry.require_space().tensor_at(start + bad).name
-            raise NonFiniteError(f"the initial model holds NaN or Inf in tensor {name!r}")
-        self._model = np.array(values, dtype=np.float32)
-        self._registry.initialiser = worker.name  # the first whole model counts
+        space = self._registry.require_space()
+        self._model = _read_model(frame, space, *self._registry.shard_range)
+        self._is_fresh = not self._registry.take_given(worker)
         return b""
+
+    @property
+    def _untrained(self) -> bool:
+        """Whether the model is one that a worker began with and nobody has trained: replaceable."""
+        return self._is_fresh and self._version == 0
 
     def _exchange(self, request: bytes) -> bytes:
         frame = decode_frame(request, max_size=self.max_request_bytes("Exchange"))
@@ -250,7 +244,7 @@ class ParameterServer:
             )
         mean = model[part.tail_coordinates]
         with np.errstate(over="ignore", invalid="ignore"):
-            mean = mean + (frame.tail - mean) / np.float32(self._registry.num_workers)
+            mean = mean + (frame.tail - mean) / np.float32(self._registry.num_active(self._version))
         bad = first_non_finite(mean)
         if bad is not None:
             name = part.view.name_at(part.local_tail.start + bad)
@@ -268,7 +262,7 @@ class ParameterServer:
         hashed = every > 0 and header.seq % every == 0
         reply = Header(
             kind=FrameKind.DIFFERENCE,
-            values=session.values,
+            values=session.record.values,
             replaces=difference.replaces,
             worker_id=header.worker_id,
             member=header.member,
@@ -328,7 +322,7 @@ class ParameterServer:
             range_start=start,
             range_stop=stop,
             tensors=space_to_message(space) if space else (),
-            workers=[s.status() for s in self._registry.sessions()],
+            workers=[s.status(self._version) for s in self._registry.sessions()],
             refused=totals.refused,
             initialiser=self._registry.initialiser,
             staleness_p50=totals.staleness.percentile(50),
@@ -352,3 +346,18 @@ class ParameterServer:
         if self._model is None:
             raise NotReadyError("the server has no model yet: no worker has joined")
         return self._model
+
+
+def _read_model(frame: Frame, space: ParameterSpace, start: int, stop: int) -> FloatArray:
+    """Return a copy of the model that a frame gives a shard."""
+    header = frame.header
+    if header.kind != FrameKind.MODEL or header.size != stop - start:
+        raise MalformedError(
+            f"a model of {header.size} coordinates was sent; this shard has {stop - start}"
+        )
+    values = np.frombuffer(frame.body, dtype="<f4")
+    bad = first_non_finite(values)
+    if bad is not None:
+        name = space.tensor_at(start + bad).name
+        raise NonFiniteError(f"the initial model holds NaN or Inf in tensor {name!r}")
+    return np.array(values, dtype=np.float32)

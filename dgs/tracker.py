@@ -65,7 +65,22 @@ class Record:
         self._part = part
         self._density = density
         self._values = values
+        self._selection = (selection, dense_below)
         self._selector = make_selector(selection, len(part.segment_sizes), dense_below)
+
+    @property
+    def values(self) -> Values:
+        """How values are coded."""
+        return self._values
+
+    def configure(
+        self, *, density: float, selection: Selection, dense_below: int, values: Values
+    ) -> None:
+        """Change how the next differences are made; the replica stays what it is."""
+        self._density, self._values = density, values
+        if self._selection != (selection, dense_below):
+            self._selection = (selection, dense_below)
+            self._selector = make_selector(selection, len(self._part.segment_sizes), dense_below)
 
     def advance(self, model: FloatArray) -> Difference:
         """Select from ``model - replica``, add that to the replica, and return it encoded.
@@ -100,7 +115,7 @@ class Record:
         if self._density == 1.0:
             return np.flatnonzero(waiting)
         candidates = torch.from_numpy(waiting)
-        chosen, start = [torch.zeros(0, dtype=torch.int64)], 0
+        chosen, start = [torch.zeros(0, dtype=torch.int64, device="cpu")], 0
         for unit, size in enumerate(self._part.segment_sizes.tolist()):
             segment = candidates[start : start + size]
             chosen.append(self._selector.select(segment, unit, self._density) + start)

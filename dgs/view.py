@@ -8,7 +8,7 @@ and every range of the global space, such as a shard, is a range of the local on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -17,9 +17,11 @@ from typing import Self
 import numpy as np
 
 from dgs.errors import ViewError
-from dgs.space import Int64Array, ParameterSpace
+from dgs.space import MAX_NUMBERS, Int64Array, ParameterSpace
 
-__all__ = ["Part", "Slab", "View", "check_cover"]
+__all__ = ["Part", "Slab", "View"]
+
+_POSITIONS_AT_A_TIME = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,10 @@ class View:
                 raise ViewError("a view lists its slabs out of order, or one tensor twice")
             last = slab.tensor
             spec = self.space.tensors[slab.tensor]
-            dims = (len(slab.offset), len(slab.shape))
-            inside = dims == (len(spec.shape),) * 2 and all(
+            if slab.shape == spec.shape and slab.offset == (0,) * len(spec.shape):
+                continue
+            rank = len(spec.shape)
+            inside = len(slab.offset) == len(slab.shape) == rank and all(
                 o >= 0 and n >= 0 and o + n <= d
                 for o, n, d in zip(slab.offset, slab.shape, spec.shape, strict=True)
             )
@@ -116,9 +120,17 @@ class View:
 
         Dimensions that a slab holds in full are merged into the next outer one, so a contiguous
         slab has one dimension and costs one addition per index.
+
+        Raises:
+            ViewError: the table would be out of proportion to any view that is used.
         """
         merged = [_merge(s, self.space.tensors[s.tensor].shape) for s in self.slabs]
         rank = max((len(m) for m in merged), default=1)
+        if len(merged) * rank > MAX_NUMBERS:
+            raise ViewError(
+                f"a view of {len(merged)} slabs, one of them cut in {rank} dimensions, is too "
+                f"intricate: slabs times dimensions may be at most {MAX_NUMBERS}"
+            )
         nothing = np.array([1, 0, 1 << 62], dtype=np.int64)
         table = np.tile(nothing, (len(merged), rank, 1))
         for row, dims in zip(table, merged, strict=True):
@@ -165,27 +177,42 @@ class View:
         result[held] = np.where(inside, local + self.offsets[slab], -1)
         return result
 
+    def ranks(self, index: Int64Array) -> Int64Array:
+        """Count, for each global index, the held coordinates below it.
+
+        Args:
+            index: in ``[0, N]``, any order, shape ``(k,)``.
+        """
+        if self.size == self.space.size:
+            return index.astype(np.int64)
+        tensor = np.searchsorted(self.space.offsets, index, side="right") - 1
+        slab = np.searchsorted(self._tensors, tensor)
+        result = self.offsets[slab]
+        cut = slab < len(self.slabs)  # where the index lies in a tensor of which a part is held
+        cut[cut] = self._tensors[slab[cut]] == tensor[cut]
+        shape, offset, stride = self._radix
+        slab, rest = slab[cut], index[cut] - self.space.offsets[tensor[cut]]
+        inner = self.offsets[slab + 1] - self.offsets[slab]
+        count, equal = np.zeros_like(rest), np.ones(rest.shape, dtype=bool)
+        for d in range(shape.shape[1]):
+            extent = shape[slab, d]
+            inner //= np.maximum(extent, 1)
+            digit, rest = np.divmod(rest, stride[slab, d])
+            digit -= offset[slab, d]
+            count += np.where(equal, np.clip(digit, 0, extent) * inner, 0)
+            equal &= (digit >= 0) & (digit < extent)
+        result[cut] += count
+        return result
+
     def rank(self, index: int) -> int:
         """Count the held coordinates with a global index below `index`."""
-        tensor = int(np.searchsorted(self.space.offsets, index, side="right")) - 1
-        position = int(np.searchsorted(self._tensors, tensor))
-        count = int(self.offsets[position])
-        if position == len(self.slabs) or self._tensors[position] != tensor:
-            return count
-        rest = index - int(self.space.offsets[tensor])
-        inner = self.slabs[position].size
-        shape = self.space.tensors[tensor].shape
-        for extent, first, stride in _merge(self.slabs[position], shape):
-            inner //= max(extent, 1)
-            digit, rest = divmod(rest, stride)
-            if not first <= digit < first + extent:
-                return count + (0 if digit < first else extent * inner)
-            count += (digit - first) * inner
-        return count
+        return int(self.ranks(np.array([index], dtype=np.int64))[0])
 
 
 def _merge(slab: Slab, shape: Sequence[int]) -> list[tuple[int, int, int]]:
     """Return (extent, first index, stride) per dimension, full inner dimensions merged outward."""
+    if slab.shape == shape:
+        return [(slab.size, 0, 1)]
     dims: list[tuple[int, int, int]] = []
     stride, unit = 1, 1  # of the run of full dimensions that is being merged
     for offset, extent, full in zip(
@@ -199,40 +226,6 @@ def _merge(slab: Slab, shape: Sequence[int]) -> list[tuple[int, int, int]]:
     if unit > 1 or not dims:
         dims.append((unit, 0, stride))
     return dims[::-1]
-
-
-def check_cover(space: ParameterSpace, views: Iterable[View]) -> None:
-    """Check that the members' views hold each coordinate exactly once.
-
-    Raises:
-        ViewError: a coordinate is held by nobody, or by two members; names the tensor.
-    """
-    holders: list[list[tuple[int, Slab]]] = [[] for _ in space.tensors]
-    for member, view in enumerate(views):
-        for slab in view.slabs:
-            if slab.size:
-                holders[slab.tensor].append((member, slab))
-    for spec, slabs in zip(space.tensors, holders, strict=True):
-        for i, (a, first) in enumerate(slabs):
-            for b, second in slabs[:i]:
-                if _overlap(first, second):
-                    raise ViewError(
-                        f"members {b} and {a} both hold a part of tensor {spec.name!r}; "
-                        "each coordinate needs exactly one owner"
-                    )
-        held = sum(slab.size for _, slab in slabs)
-        if held != spec.size:
-            raise ViewError(
-                f"no member holds {spec.size - held} of the {spec.size} coordinates of tensor "
-                f"{spec.name!r}; each coordinate needs exactly one owner"
-            )
-
-
-def _overlap(a: Slab, b: Slab) -> bool:
-    return all(
-        p < q + m and q < p + n
-        for p, n, q, m in zip(a.offset, a.shape, b.offset, b.shape, strict=True)
-    )
 
 
 @dataclass(frozen=True)
@@ -280,7 +273,7 @@ class Part:
         bounds = self.view.space.segment_bounds
         stop = min(self.stop, self.view.space.num_parameters)
         inside = bounds[(bounds >= self.start) & (bounds <= stop)]
-        ranks = np.array([self.view.rank(int(b)) for b in inside], dtype=np.int64)
+        ranks = self.view.ranks(inside)
         return ranks[1:] - ranks[:-1]
 
     @cached_property
@@ -300,8 +293,25 @@ class Part:
         first, last = (self.view.to_global(ends) - self.start).tolist()
         if last - first == local.stop - local.start - 1:
             return slice(first, last + 1)
-        span = np.arange(local.start, local.stop, dtype=np.int64)
-        return self.view.to_global(span) - self.start
+        positions = np.arange(local.start, local.stop, dtype=np.int64)
+        for at in range(0, len(positions), _POSITIONS_AT_A_TIME):  # several times as much memory
+            some = slice(at, at + _POSITIONS_AT_A_TIME)
+            positions[some] = self.view.to_global(positions[some])
+        positions -= self.start
+        return positions
+
+    def prepare_segments(self) -> None:
+        """Compute all that exchanges need but the coordinates, so that none of it fails later.
+
+        Raises:
+            ViewError: the view is too intricate.
+        """
+        _ = self.local, self.local_tail, self.segment_sizes
+
+    def prepare(self) -> None:
+        """Compute the coordinates, too; 8 bytes each where they are not contiguous."""
+        self.prepare_segments()
+        _ = self.coordinates, self.tail_coordinates
 
     def name_at(self, index: int) -> str:
         """Return the name of the tensor that coordinate `index` of this part belongs to."""

@@ -17,10 +17,10 @@ LAYERS = (
     ("_proto",),
     ("errors",),
     ("config", "metrics"),
-    ("space", "view", "bits"),
+    ("space", "view", "cover", "bits"),
     ("select", "quantize", "codec", "frame", "momentum", "messages", "kernels"),
-    ("tracker", "registry"),
-    ("server", "worker"),
+    ("tracker", "joining", "registry", "sparsify"),
+    ("server", "dialog", "worker"),
     ("transport",),
     ("client",),
     ("binding", "exchange", "optimizer", "serving", "processes", "watchdog"),
@@ -34,9 +34,9 @@ LAYERS = (
 RESERVED = {
     "grpc": r"dgs\.transport\.(grpc_\w+|options)|dgs\._proto\..*",
     "google.protobuf": r"dgs\.messages|dgs\.transport\.grpc_\w+|dgs\._proto\..*",
-    "dgs._proto": r"dgs\.(messages|registry|server|client|(transport\.grpc_|_proto\.)\w+)",
+    "dgs._proto": r"dgs\.(messages|joining|registry|server|client|(transport\.grpc_|_proto\.)\w+)",
     "numba": r"dgs\.kernels\.cpu\w*",
-    "triton": r"(dgs|moe)\.kernels\.gpu",
+    "triton": r"(dgs|moe)\.kernels\.gpu\w*",
 }
 """Who may import what only few may, by patterns of module names."""
 

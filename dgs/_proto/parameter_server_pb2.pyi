@@ -42,7 +42,7 @@ class View(_message.Message):
     def __init__(self, slabs: _Optional[_Iterable[_Union[Slab, _Mapping]]] = ...) -> None: ...
 
 class JoinRequest(_message.Message):
-    __slots__ = ("protocol", "worker", "incarnation", "member", "shard", "num_shards", "tensors", "views", "download_density", "values", "selection", "dense_below", "may_initialise", "take_over", "resume_incarnation", "resume_seq", "resume_in_flight")
+    __slots__ = ("protocol", "worker", "incarnation", "member", "shard", "num_shards", "tensors", "views", "download_density", "values", "selection", "dense_below", "may_initialise", "take_over", "resume_incarnation", "resume_seq", "resume_in_flight", "restore")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +60,7 @@ class JoinRequest(_message.Message):
     RESUME_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     RESUME_SEQ_FIELD_NUMBER: _ClassVar[int]
     RESUME_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     worker: str
     incarnation: int
@@ -77,10 +78,11 @@ class JoinRequest(_message.Message):
     resume_incarnation: int
     resume_seq: int
     resume_in_flight: bool
-    def __init__(self, protocol: _Optional[int] = ..., worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., member: _Optional[int] = ..., shard: _Optional[int] = ..., num_shards: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., views: _Optional[_Iterable[_Union[View, _Mapping]]] = ..., download_density: _Optional[float] = ..., values: _Optional[str] = ..., selection: _Optional[str] = ..., dense_below: _Optional[int] = ..., may_initialise: bool = ..., take_over: bool = ..., resume_incarnation: _Optional[int] = ..., resume_seq: _Optional[int] = ..., resume_in_flight: bool = ...) -> None: ...
+    restore: bool
+    def __init__(self, protocol: _Optional[int] = ..., worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., member: _Optional[int] = ..., shard: _Optional[int] = ..., num_shards: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., views: _Optional[_Iterable[_Union[View, _Mapping]]] = ..., download_density: _Optional[float] = ..., values: _Optional[str] = ..., selection: _Optional[str] = ..., dense_below: _Optional[int] = ..., may_initialise: bool = ..., take_over: bool = ..., resume_incarnation: _Optional[int] = ..., resume_seq: _Optional[int] = ..., resume_in_flight: bool = ..., restore: bool = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("outcome", "run", "worker_id", "version", "initialiser")
+    __slots__ = ("outcome", "run", "worker_id", "version", "initialiser", "unchanged")
     class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         OUTCOME_UNSPECIFIED: _ClassVar[JoinReply.Outcome]
@@ -96,12 +98,14 @@ class JoinReply(_message.Message):
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     INITIALISER_FIELD_NUMBER: _ClassVar[int]
+    UNCHANGED_FIELD_NUMBER: _ClassVar[int]
     outcome: JoinReply.Outcome
     run: int
     worker_id: int
     version: int
     initialiser: str
-    def __init__(self, outcome: _Optional[_Union[JoinReply.Outcome, str]] = ..., run: _Optional[int] = ..., worker_id: _Optional[int] = ..., version: _Optional[int] = ..., initialiser: _Optional[str] = ...) -> None: ...
+    unchanged: bool
+    def __init__(self, outcome: _Optional[_Union[JoinReply.Outcome, str]] = ..., run: _Optional[int] = ..., worker_id: _Optional[int] = ..., version: _Optional[int] = ..., initialiser: _Optional[str] = ..., unchanged: bool = ...) -> None: ...
 
 class PullRequest(_message.Message):
     __slots__ = ("run", "worker_id", "member", "incarnation")
@@ -136,7 +140,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker", "member", "incarnation", "exchanges", "staleness_p50", "staleness_p99", "bytes_up", "bytes_down")
+    __slots__ = ("worker", "member", "incarnation", "exchanges", "staleness_p50", "staleness_p99", "bytes_up", "bytes_down", "behind")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +149,7 @@ class WorkerStatus(_message.Message):
     STALENESS_P99_FIELD_NUMBER: _ClassVar[int]
     BYTES_UP_FIELD_NUMBER: _ClassVar[int]
     BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
+    BEHIND_FIELD_NUMBER: _ClassVar[int]
     worker: str
     member: int
     incarnation: int
@@ -153,7 +158,8 @@ class WorkerStatus(_message.Message):
     staleness_p99: float
     bytes_up: int
     bytes_down: int
-    def __init__(self, worker: _Optional[str] = ..., member: _Optional[int] = ..., incarnation: _Optional[int] = ..., exchanges: _Optional[int] = ..., staleness_p50: _Optional[float] = ..., staleness_p99: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ...) -> None: ...
+    behind: int
+    def __init__(self, worker: _Optional[str] = ..., member: _Optional[int] = ..., incarnation: _Optional[int] = ..., exchanges: _Optional[int] = ..., staleness_p50: _Optional[float] = ..., staleness_p99: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., behind: _Optional[int] = ...) -> None: ...
 
 class StatusReply(_message.Message):
     __slots__ = ("run", "ready", "version", "shard", "num_shards", "range_start", "range_stop", "tensors", "workers", "refused", "initialiser", "staleness_p50", "staleness_p99", "bytes_up", "bytes_down")

@@ -79,7 +79,7 @@ class ParameterServerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PutModel(self, request_iterator, context):
-        """Give an empty server its model; one frame of kind MODEL. Only the worker that Join asked to.
+        """Give a server its model; one frame of kind MODEL. Only the worker that Join asked to.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

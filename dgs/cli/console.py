@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -50,8 +51,9 @@ def say(text: str) -> None:
 
 def note(text: str) -> None:
     """Tell the user something on standard error, where it does not mix with a command's output."""
-    sys.stderr.write(f"dgs: {text}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(BrokenPipeError):  # nobody listens: no reason to fail
+        sys.stderr.write(f"dgs: {text}\n")
+        sys.stderr.flush()
 
 
 def error(text: str) -> None:

@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 
 from dgs.cli.arguments import SubParsers, add_command, non_negative_int, positive_int
-from dgs.cli.console import is_terminal, labelled, note, say, words_for_bytes
+from dgs.cli.console import is_terminal, labelled, note, say
+from dgs.cli.course import Course
 from dgs.cli.model_file import check_writable, read_model
-from dgs.cli.pull import pull_to_file
+from dgs.cli.saving import nobody_joined, not_saved, save_final, save_reached
 from dgs.errors import ConfigError, ServerUnavailableError
 from dgs.processes import Command, OnLine, ProcessGroup, start_servers
-from dgs.transport.address import split_address
+from dgs.transport.address import check_resolvable, split_address
 from dgs.transport.connect import split_addresses
 
-__all__ = ["add_parser", "exit_code", "run", "worker_commands"]
+__all__ = ["add_parser", "run", "worker_commands"]
 
 THREADS = "OMP_NUM_THREADS"
 """Shared among the workers unless the user has set it: by default each would take all cores."""
-
-INTERRUPT_S = 15.0
-"""Seconds that workers get to end after Ctrl-C was passed on to them."""
-
-SAVE_S = 60.0
-"""Seconds for each call that fetches the final model."""
 
 EXAMPLE = """
 dgs launch --workers 4 train.py --epochs 3
@@ -51,7 +42,8 @@ def add_parser(subparsers: SubParsers[argparse.ArgumentParser]) -> None:
             "--server names some. Workers get DGS_SERVER, DGS_WORKER (worker-0, ...), DGS_RANK,\n"
             "DGS_NUM_WORKERS, and OMP_NUM_THREADS unless it is set. Everything ends when the\n"
             "workers have ended, or when one fails; its exit code is returned (128 + n after\n"
-            "signal n). Ctrl-C is passed on to the workers; a second one kills them."
+            "signal n). Ctrl-C is passed on to the workers; a second one kills them. When the\n"
+            "reader of the output goes away (dgs launch ... | head), the run ends with code 141."
         ),
         example=EXAMPLE,
     )
@@ -79,14 +71,17 @@ def add_parser(subparsers: SubParsers[argparse.ArgumentParser]) -> None:
         "--save",
         type=Path,
         metavar="FILE",
-        help="write the model to this safetensors file when all workers have ended well",
+        help="write the servers' model to this safetensors file when the workers have ended; if "
+        "the run fails or is interrupted, what it has reached",
     )
     parser.add_argument(
         "--max-restarts",
         type=non_negative_int,
         default=0,
         metavar="R",
-        help="how often a worker that fails is started again (default: 0)",
+        help="how often each worker that fails is started again, with the same arguments; it joins "
+        "under its old name and goes on from the servers' model. With 2, the third failure of one "
+        "worker ends the run (default: 0, the first one does)",
     )
     parser.add_argument(
         "--no-prefix", action="store_true", help="do not put '[worker 2] ' before output"
@@ -115,22 +110,52 @@ def run(args: argparse.Namespace) -> int:
         if args.server:
             args.parser.error("--init is for servers that launch starts; give it to 'dgs server'")
         read_model(args.init)  # a wrong file is told of here, rather than by each server
+    given = _given_servers(args.server) if args.server else []
     with ProcessGroup(_printer(prefix=not args.no_prefix)) as group:
-        if args.server:
-            addresses = split_addresses(args.server)
-            for address in addresses:
-                split_address(address)
-        else:
-            addresses = start_servers(group, args.servers or 1, init=args.init)
+        addresses = given or start_servers(group, args.servers or 1, init=args.init)
         workers = worker_commands(program, addresses, args.workers, os.environ)
         plural = "s" if args.workers > 1 else ""
         note(f"{args.workers} worker{plural}, server {','.join(addresses)}")
         if threads := workers[0].env.get(THREADS):
             note(f"{THREADS}={threads} for each worker; set it to choose otherwise")
-        code = _Run(group, workers, args.max_restarts).follow()
+        code = _train(Course(group, workers, args.max_restarts), addresses, args.save)
+        if code == 0 and not given and nobody_joined(addresses[0]):
+            note(
+                "no worker has joined the server, so nothing was trained together: does the script "
+                "make a dgs.DistributedOptimizer? (without server=..., it reads DGS_SERVER)"
+            )
         if code == 0 and args.save is not None:
-            saved = pull_to_file(addresses, args.save, timeout_s=SAVE_S)
-            note(f"wrote {args.save}: {words_for_bytes(saved['bytes'])}")
+            save_final(addresses, args.save)
+    return code
+
+
+def _given_servers(text: str) -> list[str]:
+    """Split the user's list of servers, and look their names up before anything is started."""
+    addresses = split_addresses(text)
+    for address in addresses:
+        split_address(address)
+    for address in addresses:
+        check_resolvable(address)
+    return addresses
+
+
+def _train(course: Course, addresses: Sequence[str], save: Path | None) -> int:
+    """Follow the workers to the end; if it is not a good one, save what was reached."""
+    try:
+        code = course.follow()
+    except ServerUnavailableError:
+        if save is not None:
+            not_saved(save, "the model was in the server that has ended")
+        raise
+    except BrokenPipeError:  # nobody reads the output any more
+        if save is not None:
+            save_reached(addresses, save)
+        raise
+    if code != 0 and save is not None:
+        if course.hurried:
+            not_saved(save, "interrupted twice")
+        else:
+            save_reached(addresses, save)
     return code
 
 
@@ -156,16 +181,6 @@ def worker_commands(
         Command(f"worker {i}", program, {**common, "DGS_WORKER": f"worker-{i}", "DGS_RANK": str(i)})
         for i in range(count)
     ]
-
-
-def exit_code(returncode: int) -> int:
-    """Turn a child's return code into an exit code, as a shell does.
-
-    Example:
-        >>> exit_code(3), exit_code(-9)
-        (3, 137)
-    """
-    return returncode if returncode >= 0 else 128 - returncode
 
 
 def _program(args: argparse.Namespace) -> list[str]:
@@ -196,84 +211,3 @@ def _printer(*, prefix: bool) -> OnLine:
         say(labelled(label, text, colour=colour) if prefix else text)
 
     return show
-
-
-class _Run:
-    """The workers' course, from their start to the exit code."""
-
-    def __init__(self, group: ProcessGroup, workers: Sequence[Command], max_restarts: int) -> None:
-        self._group = group
-        self._workers = {w.label: w for w in workers}
-        self._max_restarts = max_restarts
-        self._restarts = dict.fromkeys(self._workers, 0)
-        self._unfinished = set(self._workers)
-        self._signals: list[int] = []
-
-    def follow(self) -> int:
-        """Start the workers and return the exit code once the run is over."""
-        with self._caught_signals():
-            for worker in self._workers.values():
-                self._group.start(worker)
-            while not self._signals and self._unfinished:
-                for label, returncode in self._group.wait_any(3600.0):
-                    failure = self._take_end(label, returncode)
-                    if failure is not None:
-                        return failure
-            return self._end_early() if self._signals else 0
-
-    def _take_end(self, label: str, returncode: int) -> int | None:
-        """Note a child's end; return the exit code if it ends the run."""
-        if self._signals:
-            return None
-        how = _how(returncode)
-        if label not in self._workers:
-            raise ServerUnavailableError(
-                f"{label} {how} while workers were training; the run cannot go on without its model"
-            )
-        if returncode == 0:
-            self._unfinished.remove(label)
-            return None
-        if self._restarts[label] < self._max_restarts:
-            self._restarts[label] += 1
-            note(f"{label} {how}; restart {self._restarts[label]} of {self._max_restarts}")
-            self._group.start(self._workers[label])
-            return None
-        note(f"{label} {how}; ending the run")
-        self._group.stop(labels=self._unfinished)
-        return exit_code(returncode)
-
-    def _end_early(self) -> int:
-        """End the workers as the signal asks; the servers end after them."""
-        first = self._signals[0]
-        if first == signal.SIGINT:
-            note("interrupted: waiting for the workers to end; Ctrl-C again to kill them")
-            self._group.interrupt(self._unfinished)
-            until = time.monotonic() + INTERRUPT_S
-            while self._unfinished and len(self._signals) < 2 and time.monotonic() < until:
-                ended = self._group.wait_any(max(0.0, until - time.monotonic()))
-                self._unfinished -= {label for label, _ in ended}
-        self._group.stop(10.0 if len(self._signals) < 2 else 0.0, self._unfinished)
-        return 128 + first
-
-    @contextmanager
-    def _caught_signals(self) -> Iterator[None]:
-        def take(number: int, frame: FrameType | None) -> None:
-            self._signals.append(number)
-            self._group.wake()
-
-        before = {n: signal.signal(n, take) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def _how(returncode: int) -> str:
-    """Describe an end in words."""
-    if returncode >= 0:
-        return f"ended with exit code {returncode}"
-    try:
-        return f"was ended by {signal.Signals(-returncode).name}"
-    except ValueError:
-        return f"was ended by signal {-returncode}"

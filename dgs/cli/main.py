@@ -5,27 +5,34 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
-from dgs.cli import demo, launch, pull, server, status
-from dgs.cli.console import error, note
 from dgs.errors import DgsError
 
 __all__ = ["main", "make_parser"]
 
-DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG_USE, INTERRUPTED, READER_GONE = 0, 1, 2, 130, 141
 
 EXAMPLE = """
 example:
   dgs launch --workers 4 train.py
   dgs demo
+
+exit codes:
+  0 done, 1 failed, 2 wrong use, 130 ended by Ctrl-C, 141 the reader of the output has gone;
+  'dgs launch' passes on that of the worker that failed
 """
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the program's parser, with all commands."""
+    # not before there is somebody to take Ctrl-C: they import torch, which takes seconds
+    from dgs.cli import demo, launch, pull, server, status
+
     parser = argparse.ArgumentParser(
         prog="dgs",
         description="Train one model with many workers over slow links, through parameter servers.",
@@ -48,37 +55,79 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, without the program's name; those of the process if None.
 
     Returns:
-        The exit code: 0 done, 1 failed, 2 wrong use, 130 interrupted; `dgs launch` passes on that
-        of the worker that failed.
+        The exit code: 0 done, 1 failed, 2 wrong use, 130 interrupted, 141 if whoever read the
+        output has gone (what a shell reports of a program that SIGPIPE ended); `dgs launch` passes
+        on that of the worker that failed.
 
     Raises:
         SystemExit: the arguments are wrong (code 2), or ask for help (code 0).
     """
-    parser = make_parser()
-    args = parser.parse_args(argv)
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stderr.write("dgs: interrupted\n")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # nothing more can be said, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    with _ended_at_once_by_ctrl_c():
+        from dgs.transport.options import QUIET_GRPC
+
+        os.environ.setdefault(*QUIET_GRPC)  # read when grpc is imported; children inherit it
+        parser = make_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        # argparse would show the usage of the whole program for a wrong option of one command
+        getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if not hasattr(args, "run"):
         parser.print_help(sys.stderr)
         return WRONG_USE
     logging.basicConfig(format="dgs: %(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        code = int(args.run(args))
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
-        note("interrupted")
-        return INTERRUPTED
+        return int(args.run(args))
     except BrokenPipeError:
-        # whoever read the output has gone; nothing more can be said, not even at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+        raise
     except (DgsError, OSError) as failure:
         if args.debug:
             raise
+        from dgs.cli.console import error
+
         error(str(failure))
         return FAILED
 
 
+@contextmanager
+def _ended_at_once_by_ctrl_c() -> Iterator[None]:
+    """End the process at Ctrl-C while modules are imported; some swallow `KeyboardInterrupt`."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"dgs: interrupted\n")
+        os._exit(INTERRUPTED)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # ignored, or somebody else's
+        return
+    try:
+        before = signal.signal(signal.SIGINT, end)
+    except ValueError:  # not the main thread, which alone gets signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version("dgs")
     except PackageNotFoundError:

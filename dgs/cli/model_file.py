@@ -81,7 +81,7 @@ def _not_safetensors(path: Path, start: bytes, error: Exception) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a place that no file can be written to.
+    """Refuse a place that no file can be written to, by writing an empty one next to it.
 
     Raises:
         ConfigError: the folder is missing or not writable, or the path is something else.
@@ -89,10 +89,20 @@ def check_writable(path: Path) -> None:
     folder = path.parent
     if not folder.is_dir():
         raise ConfigError(f"cannot write {path}: there is no directory {str(folder)!r}")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"cannot write {path}: no permission to write in {str(folder)!r}")
     if path.exists() and not path.is_file():
         raise ConfigError(f"cannot write {path}: it is not a regular file")
+    aside = _aside(path)
+    try:
+        aside.touch()  # permissions alone do not tell: a folder may take no files for other reasons
+        aside.unlink()
+    except OSError as error:
+        why = error.strerror or error
+        raise ConfigError(f"cannot write {path}: no file can be made in {folder}: {why}") from error
+
+
+def _aside(path: Path) -> Path:
+    """Return where a file is written before it takes its place."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def write_model(path: Path, model: Mapping[str, FloatArray], metadata: Mapping[str, str]) -> None:
@@ -107,7 +117,7 @@ def write_model(path: Path, model: Mapping[str, FloatArray], metadata: Mapping[s
         ConfigError: the place cannot be written to, or the disk is full; names the file.
     """
     check_writable(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = _aside(path)
     tensors = {name: np.ascontiguousarray(values) for name, values in model.items()}
     try:
         aside.touch()

@@ -18,7 +18,7 @@ from dgs.cli.console import note, print_json, say
 from dgs.cli.model_file import read_model
 from dgs.client import server_status
 from dgs.config import ServerConfig
-from dgs.errors import DgsError
+from dgs.errors import DgsError, ModelMismatchError
 from dgs.server import ParameterServer
 from dgs.tracker import FloatArray
 from dgs.transport.address import split_address
@@ -93,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
     if args.verbose:
         logging.getLogger("dgs").setLevel(logging.INFO)
     with _signals() as signals:
-        handle = serve_handler(_Chronicle(core) if args.verbose else core, args.listen)
+        handler: Handler = _NamingInit(core, args.init) if args.init else core
+        handle = serve_handler(_Chronicle(handler) if args.verbose else handler, args.listen)
         if not is_loopback(host):
             note(
                 f"warning: {handle.address} is not confined to this machine, and there is neither "
@@ -158,6 +159,33 @@ def _end_at_once(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
+class _NamingInit:
+    """Name the file that the server starts from, to a worker whose model is another.
+
+    The server itself knows tensors only.
+    """
+
+    def __init__(self, core: ParameterServer, path: Path) -> None:
+        self._core = core
+        self._path = path
+
+    def handle(self, method: str, request: bytes) -> bytes:
+        """Answer one request."""
+        started = self._core.ready
+        try:
+            return self._core.handle(method, request)
+        except ModelMismatchError as error:
+            if started:
+                raise
+            text = f"the server starts from {self._path}, which is not this worker's model: {error}"
+            note(f"refused a worker: {text}")
+            raise ModelMismatchError(text) from error
+
+    def max_request_bytes(self, method: str) -> int:
+        """Return the server's limit."""
+        return self._core.max_request_bytes(method)
+
+
 class _Chronicle:
     """Log who joins and leaves a server, and what it refuses.
 
@@ -187,12 +215,14 @@ class _Chronicle:
     def _compare(self) -> None:
         status = server_status(self._look, timeout_s=1.0)
         now = {(w.worker, w.member, w.incarnation) for w in status.workers}
+        before = {key[:2] for key in self._known}
         for worker, member, _ in sorted(now - self._known):
+            known = (worker, member) in before
+            how = "joined again, in place of its earlier process," if known else "joined"
             logger.info(
-                "worker %s (member %d) joined at version %d", worker, member, status.version
+                "worker %s (member %d) %s at version %d", worker, member, how, status.version
             )
-        replaced = {key[:2] for key in now}
-        for worker, member, _ in sorted(self._known - now):
-            if (worker, member) not in replaced:
-                logger.info("worker %s (member %d) left", worker, member)
+        present = {key[:2] for key in now}
+        for worker, member in sorted(before - present):
+            logger.info("worker %s (member %d) left", worker, member)
         self._known = now

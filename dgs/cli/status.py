@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import threading
-import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from datetime import datetime
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -25,13 +24,14 @@ from dgs.cli.console import (
     print_table,
     say,
     table,
-    words_for_bytes,
-    words_for_seconds,
 )
+from dgs.cli.status_tables import Described, away, heading, tables
 from dgs.client import server_status
 from dgs.config import RetryConfig
+from dgs.errors import ServerUnavailableError
 from dgs.transport.base import Transport
 from dgs.transport.connect import connect, split_addresses
+from dgs.transport.grpc_client import GrpcTransport
 
 __all__ = ["add_parser", "describe", "run"]
 
@@ -40,17 +40,6 @@ dgs status --server 127.0.0.1:7070
 dgs status --server host-a:7070,host-b:7070 --watch 5
 dgs status --server 127.0.0.1:7070 --json
 """
-
-SERVERS_TITLE = "servers (p50, p99: staleness)"
-SHARD_COLUMNS = ("server", "shard", "range", "version", "refused", "up", "down", "p50", "p99")
-WORKERS_TITLE = "workers"
-WORKER_COLUMNS = ("worker", "joined", "exchanges", "up", "down", "p50", "p99")
-
-LONGEST_AGE_S = 10 * 365 * 86400
-"""Incarnations are clock readings; one that would be older than this is none."""
-
-Described = dict[str, Any]
-TableParts = tuple[str, Sequence[str], list[list[str]]]
 
 
 def add_parser(subparsers: SubParsers[argparse.ArgumentParser]) -> None:
@@ -62,7 +51,8 @@ def add_parser(subparsers: SubParsers[argparse.ArgumentParser]) -> None:
         summary="show servers and workers",
         description=(
             "Show each server's shard, version and traffic, and each worker's exchanges and\n"
-            "staleness (updates of others applied between two of its own)."
+            "staleness (updates of others applied between two of its own). A worker whose\n"
+            "'behind' grows does not exchange: it is stuck, slow, or gone."
         ),
         example=EXAMPLE,
     )
@@ -75,21 +65,24 @@ def add_parser(subparsers: SubParsers[argparse.ArgumentParser]) -> None:
         type=positive_seconds,
         const=2.0,
         metavar="SECONDS",
-        help="look again every so many seconds (default: 2), until Ctrl-C",
+        help="look again every so many seconds (default: 2), also while a server is away, until "
+        "Ctrl-C (exit code 130)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the command."""
-    transports = connect(split_addresses(args.server), RetryConfig())
+    addresses = split_addresses(args.server)
+    transports = connect(addresses, RetryConfig())
     try:
-        if args.watch is None:
-            _show(describe(transports, timeout_s=args.timeout_s), as_json=args.json)
-        else:
-            _watch(transports, args)
+        first = describe(transports, timeout_s=args.timeout_s)
     finally:
         for transport in transports:
             transport.close()
+    if args.watch is None:
+        _show(first, as_json=args.json)
+    else:
+        _watch(first, addresses, args)
     return 0
 
 
@@ -101,12 +94,28 @@ def describe(transports: Sequence[Transport], *, timeout_s: float) -> Described:
         timeout_s: seconds to keep trying, for each.
 
     Returns:
-        ``{"servers": [...]}``, each with its ``workers``; all values are JSON's.
+        ``{"time": ..., "servers": [...]}``, each with its ``workers``; all values are JSON's.
 
     Raises:
         ServerUnavailableError: a server was not reached; names it and the time spent.
     """
-    return {"servers": [_describe_one(t, timeout_s) for t in transports]}
+    return _now([_describe_one(t, timeout_s) for t in transports])
+
+
+def _describe_reachable(transports: Sequence[Transport], timeout_s: float) -> Described:
+    """Describe as `describe` does, and a server that does not answer by its ``error``."""
+    servers: list[Described] = []
+    for transport in transports:
+        try:
+            servers.append(_describe_one(transport, timeout_s))
+        except ServerUnavailableError as error:
+            why = str(error).removeprefix(f"{transport.address}: ")
+            servers.append({"address": transport.address, "error": why, "workers": []})
+    return _now(servers)
+
+
+def _now(servers: list[Described]) -> Described:
+    return {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "servers": servers}
 
 
 def _describe_one(transport: Transport, timeout_s: float) -> Described:
@@ -132,6 +141,7 @@ def _describe_one(transport: Transport, timeout_s: float) -> Described:
                 "member": w.member,
                 "incarnation": w.incarnation,
                 "exchanges": w.exchanges,
+                "behind": w.behind,
                 "staleness_p50": w.staleness_p50,
                 "staleness_p99": w.staleness_p99,
                 "bytes_up": w.bytes_up,
@@ -146,73 +156,43 @@ def _show(status: Described, *, as_json: bool) -> None:
     if as_json:
         print_json(status)
         return
-    for number, (title, columns, rows) in enumerate(_tables(status)):
+    for number, (title, columns, rows) in enumerate(tables(status)):
         if number:
             say("")
         print_table(title, columns, rows)
 
 
-def _watch(transports: Sequence[Transport], args: argparse.Namespace) -> None:
+def _watch(first: Described, addresses: Sequence[str], args: argparse.Namespace) -> None:
+    looks = _looks(first, addresses, args.watch, args.timeout_s)
+    if args.json:
+        for status in looks:
+            print_json(status)
+    elif is_terminal():
+        console = Console(markup=False, highlight=False)
+        with Live(console=console, auto_refresh=False) as live:
+            for status in looks:
+                parts = (table(*t) for t in tables(status))
+                live.update(Group(heading(status), *parts, *away(status)), refresh=True)
+    else:
+        for status in looks:
+            say(heading(status))
+            _show(status, as_json=False)
+            for line in away(status):
+                say(line)
+            say("")
+
+
+def _looks(
+    first: Described, addresses: Sequence[str], pause_s: float, timeout_s: float
+) -> Iterator[Described]:
+    """Yield what is seen at each look, without end."""
     pause = threading.Event()  # never set: a wait that Ctrl-C ends
-    if args.json or not is_terminal():
-        for look in itertools.count():
-            if look and not args.json:
-                say("")
-            _show(describe(transports, timeout_s=args.timeout_s), as_json=args.json)
-            pause.wait(args.watch)
-    console = Console(markup=False, highlight=False)
-    with Live(console=console, auto_refresh=False) as live:
+    with ExitStack() as stack:
+        # one attempt each: the next look is the retry, and a server that is away is shown as such
+        transports = [GrpcTransport(address) for address in addresses]
+        for transport in transports:
+            stack.callback(transport.close)
+        yield first
         while True:
-            status = describe(transports, timeout_s=args.timeout_s)
-            live.update(Group(*(table(*parts) for parts in _tables(status))), refresh=True)
-            pause.wait(args.watch)
-
-
-def _tables(status: Described) -> list[TableParts]:
-    servers = status["servers"]
-    return [
-        (SERVERS_TITLE, SHARD_COLUMNS, [_shard_row(s) for s in servers]),
-        (WORKERS_TITLE, WORKER_COLUMNS, _worker_rows(servers)),
-    ]
-
-
-def _shard_row(server: Described) -> list[str]:
-    start, stop = server["range"]
-    ready = server["ready"]
-    return [
-        server["address"],
-        f"{server['shard']}/{server['num_shards']}" if ready else "-",
-        f"{start:,}-{stop:,}" if ready else "-",
-        str(server["version"]) if ready else "no model yet",
-        str(server["refused"]),
-        words_for_bytes(server["bytes_up"]),
-        words_for_bytes(server["bytes_down"]),
-        f"{server['staleness_p50']:g}",
-        f"{server['staleness_p99']:g}",
-    ]
-
-
-def _worker_rows(servers: Sequence[Described]) -> list[list[str]]:
-    """Make one row per worker: bytes of all shards together, the worst shard's staleness."""
-    sessions: dict[tuple[str, int], list[Described]] = {}
-    for server in servers:
-        for w in server["workers"]:
-            sessions.setdefault((w["worker"], w["member"]), []).append(w)
-    several = {worker for worker, member in sessions if member > 0}
-    return [
-        [
-            f"{worker}/{member}" if worker in several else worker,
-            _age(parts[0]["incarnation"]),
-            str(max(w["exchanges"] for w in parts)),
-            words_for_bytes(sum(w["bytes_up"] for w in parts)),
-            words_for_bytes(sum(w["bytes_down"] for w in parts)),
-            f"{max(w['staleness_p50'] for w in parts):g}",
-            f"{max(w['staleness_p99'] for w in parts):g}",
-        ]
-        for (worker, member), parts in sorted(sessions.items())
-    ]
-
-
-def _age(incarnation: int) -> str:
-    age_s = time.time() - incarnation / 1e9
-    return f"{words_for_seconds(age_s)} ago" if age_s < LONGEST_AGE_S else "-"
+            pause.wait(pause_s)
+            yield _describe_reachable(transports, timeout_s)

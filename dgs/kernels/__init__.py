@@ -1,7 +1,7 @@
 """The loops over memory, in the fastest form that this machine can run.
 
 `kernels` returns an implementation of the `Kernels` protocol: compiled by numba where that can be
-imported, otherwise plain numpy and torch. Both give the same bits.
+imported and pays, otherwise plain numpy and torch. Both give the same bits.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from dgs.codec import Encoded
 from dgs.config import Values
-from dgs.kernels import reference
+from dgs.kernels import changes, reference
+from dgs.kernels.change_protocol import ChangeKernels
 
-__all__ = ["Kernels", "kernels"]
+__all__ = ["COMPILED_FROM", "ChangeKernels", "Kernels", "change_kernels", "kernels"]
 
 _Floats = npt.NDArray[np.float32]
 _Indices = npt.NDArray[np.int64]
@@ -147,14 +148,32 @@ class Kernels(Protocol):
         ...
 
 
-@cache
-def kernels() -> Kernels:
-    """Return the fastest implementation that this machine can run.
+COMPILED_FROM = 1 << 18
+"""Entries from which compiled kernels pay. Loading numba takes seconds, once per process; plain
+numpy and torch need about a millisecond for fewer entries than this."""
+
+
+def kernels(size: int) -> Kernels:
+    """Return the implementation that suits arrays of `size` entries; all give the same bits.
 
     Note:
-        numba is imported by the first call, not by ``import dgs``. Without it, the first call
-        warns, once.
+        numba is imported by the first call for a large array, not by ``import dgs``. Without it,
+        that call warns, once.
     """
+    return _compiled() if size >= COMPILED_FROM else reference
+
+
+def change_kernels(size: int) -> ChangeKernels:
+    """Return the loops over changes of arrays of `size` entries; see `kernels`."""
+    if kernels(size) is reference:
+        return changes
+    from dgs.kernels import cpu_changes
+
+    return cpu_changes
+
+
+@cache
+def _compiled() -> Kernels:
     try:
         from dgs.kernels import cpu
     except ImportError as error:
@@ -162,7 +181,7 @@ def kernels() -> Kernels:
             f"the compiled kernels are not available ({error}); selection and coding will be "
             "several times slower. Install numba to have them",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         return reference
     return cpu

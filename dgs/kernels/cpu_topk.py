@@ -16,7 +16,7 @@ import numpy as np
 from dgs.kernels.cpu_lanes import bits_of, jit
 from dgs.kernels.cpu_select import accumulate, collect
 
-__all__ = ["accumulate_top_k", "top_k"]
+__all__ = ["accumulate_top_k", "kth", "top_k"]
 
 _ALL: Final = np.uint32(1)  # the bound that lets everything but zeros pass
 _SIGN_LESS: Final = 0x7FFFFFFF
@@ -59,7 +59,7 @@ def _sampled_bound(left: Any, right: Any, local: Any, k: int) -> Any:
 
 
 @jit
-def _kth(left: Any, right: Any, size: int, k: int) -> Any:
+def kth(left: Any, right: Any, size: int, k: int) -> Any:
     """Return the bits of the k-th largest magnitude, and how many equal ones are among the k."""
     prefix, known, shift, left_over = 0, 0, 20, k
     histogram = np.empty(1 << 11, np.int32)
@@ -83,7 +83,7 @@ def _kth(left: Any, right: Any, size: int, k: int) -> Any:
 def _keep(left: Any, right: Any, k: int, first: int, indices: Any, values: Any) -> int:
     """Write the indices of the k largest entries."""
     size = left.size
-    threshold, ties = _kth(left, right, size, k)
+    threshold, ties = kth(left, right, size, k)
     if threshold == 0:
         threshold, ties = 1, size  # all that are not zero
     count = 0
@@ -101,7 +101,7 @@ def _keep(left: Any, right: Any, k: int, first: int, indices: Any, values: Any) 
 @jit
 def _keep_candidates(found: int, k: int, indices: Any, values: Any) -> int:
     """Move the k largest of the candidates to the front."""
-    threshold, ties = _kth(values, None, found, k)
+    threshold, ties = kth(values, None, found, k)
     count = 0
     for j in range(found):
         value = values[j]

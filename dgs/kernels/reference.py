@@ -81,7 +81,8 @@ def accumulate_and_select(
         >>> room[0][:2].tolist(), room[1][:2].tolist(), velocity.tolist()
         ([0, 2], [2.0, -3.0], [2.0, 0.0, -3.0])
     """
-    return add_and_select(velocity, base - local, threshold, indices, values, first=first)
+    progress = _difference(base, local)
+    return add_and_select(velocity, progress, threshold, indices, values, first=first)
 
 
 def add_and_select(
@@ -94,7 +95,7 @@ def add_and_select(
     first: int = 0,
 ) -> int:
     """Accumulate given progress and find what is large; see `accumulate_and_select`."""
-    velocity += progress
+    _add(velocity, progress)
     return _compact(velocity, threshold, indices, values, first)
 
 
@@ -137,7 +138,7 @@ def accumulate_and_top_k(
     first: int = 0,
 ) -> int:
     """Compute ``velocity += base - local`` and find its largest entries; see `exact_top_k`."""
-    velocity += base - local
+    _add(velocity, _difference(base, local))
     return exact_top_k(velocity, k, indices, values, first=first)
 
 
@@ -230,6 +231,11 @@ def record(
     """
     values[:] = model[indices]
     replica[indices] = values
+
+
+def _add(velocity: Float32Array, progress: Float32Array) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is selected, and found
+        velocity += progress
 
 
 def _difference(model: Float32Array, replica: Float32Array) -> Float32Array:

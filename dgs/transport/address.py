@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import errno
+import queue
 import re
 import socket
+import threading
 
-from dgs.errors import AddressInUseError, ConfigError, DgsError
+from dgs.errors import AddressInUseError, ConfigError, DgsError, ServerUnavailableError
 
-__all__ = ["check_listenable", "join_address", "split_address"]
+__all__ = [
+    "UnresolvedNameError",
+    "check_listenable",
+    "check_resolvable",
+    "join_address",
+    "split_address",
+]
+
+LOOKUP_S = 3.0
+"""Seconds that looking up a name may take before it gets the benefit of the doubt."""
 
 _ADDRESS = re.compile(
     r"(?:\[(?P<v6>[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?)\]|(?P<host>[A-Za-z0-9._-]+))"
     r":(?P<port>[0-9]{1,5})"
 )
+
+
+class UnresolvedNameError(ServerUnavailableError):
+    """The host's name does not resolve; most likely it is misspelt."""
 
 
 def split_address(address: str, *, port_zero: bool = False) -> tuple[str, int]:
@@ -54,6 +69,42 @@ def join_address(host: str, port: int) -> str:
         '[::1]:7070'
     """
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def check_resolvable(address: str) -> None:
+    """Raise an error if the name of a server's host does not resolve.
+
+    Args:
+        address: HOST:PORT; nothing is connected to.
+
+    Raises:
+        ConfigError: the address is not HOST:PORT.
+        UnresolvedNameError: there is no such host; a lookup without an answer in 3 s passes.
+
+    Example:
+        >>> check_resolvable("127.0.0.1:7070")
+    """
+    host, port = split_address(address)
+    answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            answers.put(None)
+        except (OSError, UnicodeError) as error:  # the latter for a part of impossible length
+            answers.put(error)
+
+    # a lookup cannot be given a deadline, so it is left behind if it takes too long
+    threading.Thread(target=look_up, name=f"look up {host}", daemon=True).start()
+    try:
+        failure = answers.get(timeout=LOOKUP_S)
+    except queue.Empty:
+        return
+    if failure is not None:
+        raise UnresolvedNameError(
+            f"server {address}: the name {host!r} does not resolve "
+            f"({getattr(failure, 'strerror', None) or failure}); check its spelling"
+        )
 
 
 def check_listenable(host: str, port: int) -> None:

@@ -12,13 +12,14 @@ from dgs.errors import ConfigError
 from dgs.transport.base import Transport
 from dgs.transport.guard import Handler
 from dgs.transport.local import LocalTransport
+from dgs.transport.options import QUIET_GRPC
 from dgs.transport.retry import RetryingTransport
 
 __all__ = ["Servers", "connect", "split_addresses"]
 
 Servers = str | Handler | Transport | Sequence[str | Handler | Transport]
 """An address (or several, separated by commas), a `ParameterServer` in this process, a transport;
-or a list of them, one per shard."""
+or a list of them, one per shard. A transport belongs to one optimizer, which closes it."""
 
 
 def split_addresses(text: str) -> list[str]:
@@ -65,13 +66,15 @@ def connect(
 
 def _transport(server: object, retry: RetryConfig) -> Transport:
     if isinstance(server, str):
+        os.environ.setdefault(*QUIET_GRPC)  # read when grpc is imported, so it comes first
         from dgs.transport.grpc_client import GrpcTransport  # not needed without a network
 
         return RetryingTransport(GrpcTransport(server), retry, random=Random())
     if isinstance(server, Transport):
         return server
     if hasattr(server, "handle"):
-        return LocalTransport(cast(Handler, server))
+        local = LocalTransport(cast(Handler, server))
+        return RetryingTransport(local, retry, random=Random())  # it may wait for its model
     raise ConfigError(
         f"server={server!r} is not valid: give 'HOST:PORT', a ParameterServer or a Transport"
     )

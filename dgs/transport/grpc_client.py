@@ -8,6 +8,7 @@ comes back as the same class, by the reason in the trailing metadata.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -22,17 +23,19 @@ from dgs.errors import (
     TooLargeError,
     error_from_wire,
 )
-from dgs.transport.address import join_address, split_address
+from dgs.transport.address import UnresolvedNameError, join_address, split_address
 from dgs.transport.base import Method, Traffic
 from dgs.transport.chunks import CHUNK_BYTES, assemble, split, wrap
 from dgs.transport.options import client_options
 
 __all__ = ["GrpcTransport"]
 
+_LOG = logging.getLogger("dgs.transport")
 _SERVICE = "/dgs.v1.ParameterServer/"
 _REASON_KEY = "dgs-reason"
 _REBUILD_AFTER = 3
 _LARGEST_REPLY_BYTES = 16 << 30
+_UNRESOLVED = "the name does not resolve"
 
 
 class GrpcTransport:
@@ -85,7 +88,9 @@ class GrpcTransport:
             else:
                 reply = self._call_unary(channel, method, request, timeout_s)
         except grpc.RpcError as error:
-            raise self._translate(channel, error, timeout_s) from error
+            # The error's many lines are gRPC's own words for what the raised one says in one.
+            _LOG.debug("%s %s: %s", self._address, method.value, error)
+            raise self._translate(channel, error, timeout_s) from None
         except DgsError:
             raise
         except ValueError as error:
@@ -194,7 +199,9 @@ def _network_error(address: str, code: grpc.StatusCode, details: str, timeout_s:
             f"{address} answers, but not as a parameter server of this version "
             f"({code.name}: {details}): check the address, and that both sides run the same release"
         )
-    return ServerUnavailableError(f"{address}: {_cause(code, details, timeout_s)}")
+    words = _cause(code, details, timeout_s)
+    failure = UnresolvedNameError if words == _UNRESOLVED else ServerUnavailableError
+    return failure(f"{address}: {words}")
 
 
 def _cause(code: grpc.StatusCode, details: str, timeout_s: float) -> str:
@@ -206,13 +213,15 @@ def _cause(code: grpc.StatusCode, details: str, timeout_s: float) -> str:
         return "the call was cancelled (the connection was closed, or the request took too long)"
     for sign, words in (
         ("Connection refused", "connection refused (is the server running?)"),
-        ("DNS resolution failed", "the name does not resolve"),
-        ("Domain name not found", "the name does not resolve"),
+        ("DNS resolution failed", _UNRESOLVED),
+        ("Domain name not found", _UNRESOLVED),
+        ("errors resolving", _UNRESOLVED),
         ("Network is unreachable", "the network is unreachable"),
         ("No route to host", "no route to the host"),
         ("Connection timed out", "the host does not answer"),
         ("Connection reset", "the connection broke"),
         ("Socket closed", "the connection broke"),
+        ("GOAWAY", "the server closed the connection"),
     ):
         if sign in details:
             return words

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 __all__ = [
     "CONTROL_LIMIT_BYTES",
+    "QUIET_GRPC",
     "client_options",
     "server_options",
 ]
 
 CONTROL_LIMIT_BYTES = 8 << 20
 """Most bytes of one gRPC message: a whole control message, or a chunk (which is far smaller)."""
+
+QUIET_GRPC = ("GRPC_VERBOSITY", "NONE")
+"""Environment variable, and the value with which gRPC's own log stays off the user's terminal: what
+is in it ("Got goaway ...") becomes an error in plain words anyway."""
 
 _KEEPALIVE_S = 30.0
 _KEEPALIVE_TIMEOUT_S = 10.0

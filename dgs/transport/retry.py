@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from random import Random
 from threading import Event
@@ -21,21 +22,26 @@ from dgs.errors import (
     NotReadyError,
     ServerUnavailableError,
 )
+from dgs.transport.address import UnresolvedNameError
 from dgs.transport.base import Method, Traffic, Transport
+from dgs.transport.slow import NOTE_AFTER_S, SlowAttempts
 
 __all__ = ["RetryingTransport"]
 
 _LOG = logging.getLogger("dgs.transport")
 _RETRIES_OF_A_FAULT = 3
 _LAST_ATTEMPT_S = 1.0
+_UNRESOLVED_S = 3.0
 _SHORTEST_PAUSE_S = 1e-3
+_KINDS = (NotReadyError, ServerUnavailableError, ChecksumError, InternalError)
 
 
 class RetryingTransport:
     """Retry the calls of another transport; one call's `timeout_s` is the budget of all attempts.
 
     `ServerUnavailableError` and `NotReadyError` are retried while the budget lasts, `ChecksumError`
-    and `InternalError` three times.
+    and `InternalError` three times. A name that has never resolved gets 3 s only: most likely it is
+    misspelt.
     """
 
     def __init__(
@@ -62,6 +68,9 @@ class RetryingTransport:
         self._clock = clock
         self._closed = Event()
         self._wait = wait or self._closed.wait
+        self._resolved = False
+        self._slow = SlowAttempts(inner.address, clock)
+        weakref.finalize(self, self._slow.stop)  # for those that nobody closes
 
     @property
     def address(self) -> str:
@@ -82,15 +91,17 @@ class RetryingTransport:
         start = self._clock()
         faults = 0
         pauses = self._pauses()
-        attempts = 0
+        course = _Course(self.address)
         while True:
             left_s = timeout_s - (self._clock() - start)
-            attempts += 1
+            course.attempts += 1
             try:
-                reply = self._inner.call(
-                    method, request, timeout_s=min(self._config.attempt_s, max(left_s, 0.0))
-                )
-                self._report_success(attempts, start)
+                with self._slow.attempt(method.value):
+                    reply = self._inner.call(
+                        method, request, timeout_s=min(self._config.attempt_s, max(left_s, 0.0))
+                    )
+                self._resolved = True
+                course.tell_success(self._clock() - start)
                 return reply
             except (ServerUnavailableError, NotReadyError) as error:
                 cause: DgsError = error
@@ -99,11 +110,12 @@ class RetryingTransport:
                 if faults > _RETRIES_OF_A_FAULT:
                     raise
                 cause = error
-            self._pause_or_give_up(cause, attempts, start, timeout_s, next(pauses))
+            self._pause_or_give_up(cause, course, start, timeout_s, next(pauses))
 
     def close(self) -> None:
         """Close the inner transport; a call that waits for its next attempt ends at once."""
         self._closed.set()
+        self._slow.stop()
         self._inner.close()
 
     def _pauses(self) -> Iterator[float]:
@@ -115,32 +127,82 @@ class RetryingTransport:
             longest_s *= 2
 
     def _pause_or_give_up(
-        self, cause: DgsError, attempts: int, start: float, timeout_s: float, pause_s: float
+        self, cause: DgsError, course: _Course, start: float, timeout_s: float, pause_s: float
     ) -> None:
+        self._resolved |= not isinstance(cause, UnresolvedNameError)
+        if not self._resolved:
+            timeout_s = min(timeout_s, _UNRESOLVED_S)
         tried_s = self._clock() - start
         # The last pause is cut so that one more attempt has time to succeed.
         room_s = timeout_s - tried_s - min(_LAST_ATTEMPT_S, timeout_s / 4)
         has_room = room_s >= _SHORTEST_PAUSE_S
         if has_room and not self._closed.is_set():
-            self._pause(cause, attempts, min(pause_s, room_s))
+            course.tell_failure(cause, tried_s)
+            self._wait(min(pause_s, room_s))
+        # NotReadyError stays as the cause, because callers act on it; what else failed is in the
+        # text, and a second traceback would only hide it.
+        behind = cause if isinstance(cause, NotReadyError) else None
         if self._closed.is_set():
-            raise ServerUnavailableError(f"the connection to {self.address} is closed") from cause
+            raise ServerUnavailableError(f"the connection to {self.address} is closed") from behind
         if not has_room:
-            raise self._gave_up(cause, attempts, tried_s) from cause
+            raise course.failure(cause, tried_s) from behind
 
-    def _pause(self, cause: DgsError, attempts: int, pause_s: float) -> None:
-        if attempts == 1:
-            _LOG.warning("server %s: %s; trying again", self.address, cause)
-        self._wait(pause_s)
 
-    def _gave_up(self, cause: DgsError, attempts: int, tried_s: float) -> ServerUnavailableError:
-        plural = "" if attempts == 1 else "s"
+class _Course:
+    """What has become of one call so far, and what was said about it.
+
+    Args:
+        address: of the server.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.attempts = 0
+        self._address = address
+        self._told: set[type[DgsError]] = set()
+        self._told_of_wait = False
+
+    def tell_failure(self, cause: DgsError, tried_s: float) -> None:
+        """Log the first failure of each kind; that a server is not ready yet only if it lasts."""
+        kind = next(k for k in _KINDS if isinstance(cause, k))
+        if kind is NotReadyError and tried_s >= NOTE_AFTER_S and not self._told_of_wait:
+            self._told_of_wait = True
+            _LOG.warning(
+                "server %s is not ready after %.0f s: %s; still waiting",
+                self._address,
+                tried_s,
+                self._words(cause),
+            )
+        if kind not in self._told:
+            self._told.add(kind)
+            level = logging.INFO if kind is NotReadyError else logging.WARNING
+            _LOG.log(level, "server %s: %s; trying again", self._address, self._words(cause))
+
+    def tell_success(self, tried_s: float) -> None:
+        """Log the end of what was told as a failure."""
+        if ServerUnavailableError in self._told:
+            _LOG.warning("server %s is back after %.1f s", self._address, tried_s)
+        elif NotReadyError in self._told:
+            level = logging.WARNING if self._told_of_wait else logging.INFO
+            _LOG.log(level, "server %s was ready after %.1f s", self._address, tried_s)
+        elif self._told:
+            _LOG.warning("server %s answered at attempt %d", self._address, self.attempts)
+
+    def failure(self, cause: DgsError, tried_s: float) -> ServerUnavailableError:
+        """Return the error that ends the call."""
+        plural = "" if self.attempts == 1 else "s"
+        tried = f"{self._address} after {tried_s:.1f} s and {self.attempts} attempt{plural}"
+        words = self._words(cause)
+        if isinstance(cause, UnresolvedNameError):
+            return UnresolvedNameError(
+                f"gave up on server {tried}: {words}. Check the spelling of the host's name"
+            )
+        if isinstance(cause, NotReadyError):
+            return ServerUnavailableError(f"gave up waiting for server {tried}: {words}")
         return ServerUnavailableError(
-            f"gave up on server {self.address} after {tried_s:.1f} s and {attempts} "
-            f"attempt{plural}; last cause: {cause}. Check that the server runs and listens on this "
-            "address, and that no firewall is between"
+            f"gave up on server {tried}; last cause: {words}. Check that the server runs and "
+            "listens on this address, and that no firewall is between"
         )
 
-    def _report_success(self, attempts: int, start: float) -> None:
-        if attempts > 1:
-            _LOG.warning("server %s is back after %.1f s", self.address, self._clock() - start)
+    def _words(self, cause: DgsError) -> str:
+        """Return the cause's text; it may name the server, as the message around it does."""
+        return str(cause).removeprefix(f"{self._address}: ")

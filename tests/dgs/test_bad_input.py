@@ -165,6 +165,37 @@ def test_a_step_to_nan_is_refused_whole_counted_and_named(
     assert server.version == version + 1
 
 
+@pytest.mark.parametrize("selection", ["exact", "tracked"])
+def test_a_velocity_that_overflows_is_named_its_overflow_dropped_and_training_goes_on(
+    selection: str,
+) -> None:
+    server, model = dgs.ParameterServer(ServerConfig(hash_interval=1)), nn.Linear(40, 10)
+    opt = wrap(
+        model,
+        server,
+        lambda m: torch.optim.SGD(m.parameters(), lr=1.0),
+        selection=selection,
+        momentum=0.0,
+    )
+
+    def step(size: float, rows: slice) -> None:
+        model.weight.grad = torch.zeros(10, 40)
+        model.weight.grad[rows] = torch.linspace(0.9, 1.0, 400).view(10, 40)[rows] * size
+        opt.step()
+
+    step(3e38, slice(0, 10))
+    start = flat(model)
+    with pytest.raises(NonFiniteError, match="velocity of tensor 'weight' is not finite any more"):
+        step(3e38, slice(0, 5))  # none of these was sent, so all of it waits in the velocity
+    assert opt.stats.refused == 1
+    assert torch.equal(flat(model), start)
+    assert bool(torch.isfinite(opt._exchanger._worker.state()["rule.velocity"]).all())
+    for _ in range(3):
+        step(1.0, slice(0, 10))
+    assert opt.stats.resyncs == 0
+    opt.close()
+
+
 class Damaged:
     """One site and its server, and a way to send what no honest worker sends."""
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgs.codec import decode_body, encode_body
+from dgs.codec import decode_body, encode_body, max_body_bytes
 from dgs.config import Values
 from dgs.errors import ConfigError, DgsError, MalformedError, NonFiniteError
 from dgs.quantize import SCALED_KINDS, VALUE_KINDS, num_blocks, payload_bytes, quantize
@@ -224,6 +224,39 @@ def test_escaped_gap_written_by_hand_is_read() -> None:
 def test_bodies_that_break_a_rule_are_refused_by_name(body: bytes, size: int, message: str) -> None:
     with pytest.raises(MalformedError, match=message):
         decode_body(body, [size], "float32", 2)
+
+
+@kinds
+@settings(max_examples=40)
+@given(segments=SEGMENTS, seed=st.integers(0, 2**32))
+def test_no_message_is_longer_than_the_bound(
+    kind: Values, segments: list[tuple[int, str]], seed: int
+) -> None:
+    indices, values, sizes = draw_message(segments, seed)
+    body = encode_body(indices, values, sizes, kind).body
+    assert len(body) <= max_body_bytes(int(sizes.sum()), len(sizes))
+
+
+@kinds
+@pytest.mark.parametrize("size", [1, 2, 1025])
+def test_many_small_segments_stay_below_the_bound_that_counts_them(kind: Values, size: int) -> None:
+    sizes = np.full(2000, size)
+    for every in (1, 2):
+        indices = np.arange(0, sizes.sum(), every)
+        body = encode_body(indices, np.ones(indices.size), sizes, kind).body
+        assert len(body) <= max_body_bytes(int(sizes.sum()), len(sizes))
+    assert max_body_bytes(600_000, 600_000) > 6 * 600_000 + (1 << 20)  # tables are what counts
+
+
+def test_the_bound_holds_for_other_writers_and_is_hardly_higher_than_what_they_can_reach() -> None:
+    size, count = 100_001, 100_000  # all but the last entry, each with the largest parameter
+    blocks = -(-count // 1024)
+    unary, remainders = b"\xff" * (count // 8), bytes(count * 22 // 8)
+    word = (count | RICE << 30).to_bytes(4, "little")
+    length = len(unary).to_bytes(4, "little")
+    body = word + b"\x16" * blocks + length + unary + remainders + bytes(4 * count)
+    assert decode_body(body, [size], "float32", count)[0].tolist() == list(range(count))
+    assert 0.999 * max_body_bytes(size, 1) < len(body) <= max_body_bytes(size, 1)
 
 
 def check_any(body: bytes, sizes: np.ndarray, kind: Values, nnz: int) -> bool:

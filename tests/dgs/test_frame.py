@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import dgs.frame
 from dgs.bits import GAP_BITS
 from dgs.codec import decode_body, encode_body
+from dgs.config import Values
 from dgs.errors import ChecksumError, DgsError, MalformedError, TooLargeError
 from dgs.frame import (
     HEADER_BYTES,
@@ -27,6 +28,7 @@ from dgs.frame import (
     Header,
     decode_frame,
     encode_frame,
+    max_frame_bytes,
     peek_header,
     restamp,
 )
@@ -84,6 +86,27 @@ def test_every_frame_comes_back(header: Header, body: bytes, tail: int) -> None:
     assert np.array_equal(frame.tail, values)
     assert frame.header.frame_bytes == len(data)
     assert peek_header(data[:HEADER_BYTES]) == frame.header
+
+
+@given(
+    st.lists(st.integers(0, 70), max_size=9),
+    st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    st.sampled_from(VALUE_KINDS),
+    st.integers(0, 9),
+)
+def test_no_frame_is_longer_than_the_bound(
+    sizes: list[int], density: float, values: Values, tail: int
+) -> None:
+    size = sum(sizes)
+    indices = np.flatnonzero(np.random.default_rng(size).random(size) < density)
+    body = encode_body(indices, np.ones(indices.size), sizes, values).body
+    header = Header(kind=FrameKind.UPDATE, values=values, size=size, nnz=indices.size)
+    update = encode_frame(header, body, np.zeros(tail, np.float32))
+    bound = max_frame_bytes(size, len(sizes), tail)
+    assert len(update) <= bound
+    header = Header(kind=FrameKind.MODEL, values="float32", size=size + tail, nnz=size + tail)
+    model = encode_frame(header, np.zeros(size + tail, np.float32))
+    assert len(model) <= bound
 
 
 @pytest.mark.parametrize("make", [bytes, bytearray, memoryview])

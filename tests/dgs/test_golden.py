@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import dgs.kernels
 from dgs.config import WorkerConfig
 from dgs.tracker import digest
 from tests.helpers.sites import SHAPES, Site, gaussian, make_servers, server_model, space_of
@@ -54,8 +55,12 @@ def trajectory(settings: dict[str, Any], num_shards: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("compiled_from", [0, dgs.kernels.COMPILED_FROM])
 @pytest.mark.parametrize("name", CASES)
-def test_the_trajectory_is_the_recorded_one(name: str) -> None:
+def test_the_trajectory_is_the_recorded_one_with_every_kind_of_kernel(
+    name: str, compiled_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dgs.kernels, "COMPILED_FROM", compiled_from)
     found = trajectory(CASES[name], num_shards=1)
     if os.environ.get("WRITE_GOLDEN") == "1":
         recorded = json.loads(FILE.read_text()) if FILE.exists() else {}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 
 from dgs._proto import parameter_server_pb2 as pb
 from dgs.client import Client, Joined, pull_model, server_status
-from dgs.config import RetryConfig, WorkerConfig
+from dgs.config import RetryConfig, ServerConfig, WorkerConfig
 from dgs.errors import (
     ConfigError,
     FencedError,
@@ -15,15 +18,17 @@ from dgs.errors import (
     ModelMismatchError,
     NotReadyError,
     ServerUnavailableError,
+    TooLargeError,
     UnknownWorkerError,
     ViewError,
 )
-from dgs.messages import views_to_message
+from dgs.joining import Joining
+from dgs.messages import space_to_message, views_from_message, views_to_message
 from dgs.server import ParameterServer
 from dgs.space import ParameterSpace
 from dgs.transport.base import Method, Traffic
 from dgs.transport.local import LocalTransport
-from dgs.view import Slab, View
+from dgs.view import Part, Slab, View
 from tests.helpers.sites import (
     SHAPES,
     Site,
@@ -146,7 +151,7 @@ def test_leaving_frees_the_record_and_can_be_repeated() -> None:
     rng = np.random.default_rng(2)
     site = Site("a", servers, CONFIG, gaussian(rng, space_of(SHAPES).size))
     site.exchange(gaussian(rng, site.worker.base.numel()))
-    t = site.worker.tickets[0]
+    t = site.worker.dialog.tickets[0]
     frames = site.collect(gaussian(rng, site.worker.base.numel()))
     leave = pb.LeaveRequest(run=t.run, worker_id=t.worker_id, incarnation=t.incarnation)
     for _ in range(2):
@@ -164,7 +169,7 @@ def test_leaving_late_does_not_free_the_record_of_a_newer_incarnation() -> None:
     start = gaussian(rng, space_of(SHAPES).size)
     old = Site("a", servers, CONFIG, start)
     new = Site("a", servers, CONFIG, start)
-    t = old.worker.tickets[0]
+    t = old.worker.dialog.tickets[0]
     leave = pb.LeaveRequest(run=t.run, worker_id=t.worker_id, incarnation=t.incarnation)
     with pytest.raises(FencedError):
         servers[0].handle("Leave", leave.SerializeToString())
@@ -183,12 +188,19 @@ def test_an_older_incarnation_cannot_join_any_more() -> None:
     [
         ({"protocol": 99}, ModelMismatchError, "speaks wire version 99, this server 1"),
         ({"worker": "x" * 129}, MalformedError, "field worker"),
-        ({"num_shards": 5000}, MalformedError, "field shard"),
-        ({"shard": 3}, MalformedError, "field shard"),
+        ({"worker": ""}, MalformedError, "field worker .* 1 to 128 printable"),
+        ({"worker": "w\x1b[2J"}, MalformedError, "field worker .* 1 to 128 printable"),
+        ({"incarnation": 0}, MalformedError, "field incarnation .* above 0"),
+        ({"num_shards": 0}, MalformedError, "field num_shards .* 1 to 1024"),
+        ({"num_shards": 1025}, MalformedError, "field num_shards .* 1 to 1024"),
+        ({"shard": 1}, MalformedError, "field shard .* below num_shards, which is 1"),
+        ({"download_density": 0.0}, MalformedError, "field download_density"),
+        ({"download_density": np.nan}, MalformedError, r"field download_density .* in \(0, 1\]"),
         ({"download_density": 1.5}, MalformedError, "field download_density"),
-        ({"values": "fp4"}, MalformedError, "field values"),
-        ({"selection": "best"}, MalformedError, "field selection"),
-        ({"member": 4}, MalformedError, "field member"),
+        ({"values": "fp4"}, MalformedError, "field values .* one of float32, bfloat16, int8"),
+        ({"selection": "best"}, MalformedError, "field selection .* one of tracked, exact"),
+        ({"member": 1}, MalformedError, "field member .* below 1, the number of views"),
+        ({"member": 2**32 - 1}, MalformedError, "field member"),
         ({"tensors": [pb.TensorSpec(name="t0")]}, ViewError, "names tensor 't0' twice"),
     ],
 )
@@ -196,10 +208,90 @@ def test_join_requests_that_cannot_be_are_refused(
     fields: dict[str, object], error: type[Exception], message: str
 ) -> None:
     server = make_servers()[0]
+    request = pb.JoinRequest.FromString(join_request())
+    for name, value in fields.items():
+        if isinstance(value, list):
+            getattr(request, name).extend(value)
+        else:
+            setattr(request, name, value)
     with pytest.raises(error, match=message):
-        server.handle("Join", join_request(**fields))
+        server.handle("Join", request.SerializeToString())
     assert not server.ready
     assert server.space is None
+    assert list(sessions(server)) == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"resume_incarnation": 2**64 - 1, "resume_seq": 2**64 - 1, "resume_in_flight": True},
+        {"incarnation": 2**64 - 1, "dense_below": 2**32 - 1},
+        {"num_shards": 1024, "shard": 1023},  # more shards than the model has values
+        {"num_shards": 1024, "shard": 0},
+    ],
+)
+def test_extreme_but_possible_fields_are_harmless(fields: dict[str, int]) -> None:
+    server = make_servers()[0]
+    request = join_request(**fields)
+    assert pb.JoinReply.FromString(server.handle("Join", request)).outcome == (
+        pb.JoinReply.GIVE_MODEL
+    )
+    again = pb.JoinReply.FromString(server.handle("Join", request))
+    assert again.outcome == pb.JoinReply.GIVE_MODEL
+
+
+def joining(config: ServerConfig | None = None, **fields: object) -> Joining:
+    """Check a join request of a fresh worker, with some fields changed."""
+    return Joining.from_message(pb.JoinRequest.FromString(join_request(**fields)), config)
+
+
+def test_models_larger_than_the_server_accepts_are_refused_with_the_settings_name() -> None:
+    exact = ServerConfig(max_parameters=SPACE.size)
+    assert joining(exact).part.stop == SPACE.size
+    message = (
+        rf"has {SPACE.size} values .* accepts {SPACE.size - 1} \(ServerConfig.max_parameters\)"
+    )
+    with pytest.raises(TooLargeError, match=message):
+        joining(ServerConfig(max_parameters=SPACE.size - 1))
+    half = ServerConfig(max_parameters=(SPACE.size + 1) // 2)
+    assert joining(half, num_shards=2).num_shards == 2  # the limit is of one server
+    with pytest.raises(TooLargeError, match="the model has 17179869184 values on 1 server"):
+        join_with([pb.TensorSpec(name="huge", shape=[2**34])])
+
+
+def join_with(tensors: list[pb.TensorSpec], views: Iterable[pb.View] = ()) -> Joining:
+    """Check a join request for another model."""
+    request = pb.JoinRequest.FromString(join_request())
+    del request.tensors[:]
+    request.tensors.extend(tensors)
+    request.views.extend(views)
+    return Joining.from_message(request)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 5])
+def test_what_a_join_offers_is_what_the_session_exchanges(num_shards: int) -> None:
+    views = halves((0, 3), (3, 7))
+    for member in range(2):
+        for shard, limits in enumerate(SPACE.shard_ranges(num_shards)):
+            asked = joining(views=views, member=member, num_shards=num_shards, shard=shard)
+            expected = Part(views_from_message(SPACE, views)[member], *limits)
+            assert asked.part == expected
+            asked.part.prepare()
+            prepared = set(vars(asked.part))
+            assert {"segment_sizes", "coordinates", "tail_coordinates"} <= prepared
+
+
+def test_the_cost_of_checking_a_join_does_not_grow_with_the_size_of_its_tensors() -> None:
+    space = space_of([(2**15, 2**15)])
+    columns = [View(space, (Slab(0, (0, i), (2**15, 2**14)),)) for i in (0, 2**14)]
+    tracemalloc.start()
+    try:
+        asked = join_with(space_to_message(space), views_to_message(columns))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert asked.part.size == 2**29
+    assert peak < 1_000_000  # the coordinates alone will take 4 GiB, once the model is agreed on
 
 
 def halves(first: tuple[int, int], second: tuple[int, int]) -> list[pb.View]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dgs._proto import parameter_server_pb2 as pb
-from dgs.errors import DgsError, MalformedError
+from dgs.errors import DgsError, MalformedError, ViewError
 from dgs.messages import (
     parse,
     space_from_message,
@@ -92,3 +92,28 @@ def test_join_requests_of_random_fields_raise_nothing_but_the_librarys_errors(
     with contextlib.suppress(DgsError):
         server.handle("Join", request.SerializeToString())
     assert not server.ready
+
+
+def test_lists_of_millions_of_numbers_are_refused_before_they_are_copied() -> None:
+    long = [1] * 10**6
+    with pytest.raises(ViewError, match="tensor 'w' has 1000000 dimensions; at most 64"):
+        space_from_message([pb.TensorSpec(name="w", shape=long)])
+    tied = pb.TensorSpec(name="w", aliases=["v"] * (5 * 10**5))
+    with pytest.raises(ViewError, match="the model has 1500003 names"):
+        space_from_message([tied] * 3)
+    for offset, shape in ((long, [4, 3]), ([0, 0], long)):
+        slab = pb.Slab(tensor=0, offset=offset, shape=shape)
+        with pytest.raises(ViewError, match=r"a slab of tensor 0 has .* at most 64 are possible"):
+            views_from_message(SPACE, [pb.View(slabs=[slab])])
+
+
+def test_more_views_or_slabs_than_a_worker_can_have_are_refused() -> None:
+    with pytest.raises(ViewError, match="the worker has 65537 members; at most 65536"):
+        views_from_message(SPACE, [pb.View()] * (2**16 + 1))
+    full = pb.View(slabs=[pb.Slab(tensor=1)] * 2**12)
+    with pytest.raises(ViewError, match="the views list 266240 slabs; at most 262144"):
+        views_from_message(SPACE, [full] * 65)
+    flat = ParameterSpace((TensorSpec("w", (1,) * 64), TensorSpec("v", (1,) * 64)))
+    view = pb.View(slabs=[pb.Slab(tensor=i, offset=[0] * 64, shape=[1] * 64) for i in (0, 1)])
+    with pytest.raises(ViewError, match="more than 4194304 extents"):
+        views_from_message(flat, [view] * (2**15 + 1))

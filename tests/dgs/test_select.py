@@ -100,6 +100,34 @@ def test_tracked_stays_near_the_density_and_never_above_twice_it(kind: str, dens
         assert np.mean(counts[start : start + 50]) == pytest.approx(1.0, abs=0.1)
 
 
+@pytest.mark.parametrize("selection", ["exact", "tracked"])
+@pytest.mark.parametrize("count", [1, 10, 900])
+def test_nan_is_always_among_what_is_selected(selection: str, count: int) -> None:
+    selector = make_selector(selection, 1, 0)
+    values = torch.randn(1000)
+    for _ in range(3):  # so that there is a threshold to track
+        selector.select(values, 0, 0.05)
+    broken = values.clone()
+    broken[100 : 100 + count] = torch.nan
+    for _ in range(2):
+        chosen = selector.select(broken, 0, 0.05)
+        assert broken[chosen].isnan().sum() == min(count, 50)
+        assert len(chosen) <= 100
+    for _ in range(30):  # a unit that is set right again is selected from as before
+        chosen = selector.select(values, 0, 0.05)
+    assert 25 <= len(chosen) <= 100
+
+
+@pytest.mark.parametrize("selector", [ExactSelector(1), TrackedSelector(1, 0)])
+def test_selection_is_on_the_device_of_the_values(selector: Selector) -> None:
+    values = torch.randn(1000)
+    with torch.device("meta"):
+        fresh = make_selector("tracked", 1, 0)
+        for _ in range(3):
+            assert selector.select(values, 0, 0.05).device == values.device
+        assert selector.state().device == fresh.state().device == values.device
+
+
 def test_tracked_is_deterministic_and_continues_from_its_state() -> None:
     a, b = TrackedSelector(3, 8), TrackedSelector(3, 8)
     saved = b.state()

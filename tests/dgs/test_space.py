@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgs.errors import ViewError
+from dgs.errors import ConfigError, ViewError
 from dgs.space import SEGMENT_LIMIT, ParameterSpace, TensorSpec
-from dgs.view import Part, Slab, View, check_cover
+from dgs.view import Part, Slab, View
 
 SHAPES = st.lists(
     st.lists(st.integers(0, 5), min_size=0, max_size=4).map(tuple), min_size=1, max_size=5
@@ -128,37 +128,6 @@ def test_contiguous_slabs_are_ranges() -> None:
     assert not isinstance(Part(columns, 0, 24).coordinates, slice)
 
 
-def quarters(space: ParameterSpace) -> list[View]:
-    """Cut a (4, 6) tensor by columns for two members; the second also holds the rest."""
-    left = View(space, (Slab(0, (0, 0), (4, 3)),))
-    right = View(space, (Slab(0, (0, 3), (4, 3)), Slab(1, (0,), (2,))))
-    return [left, right]
-
-
-def test_views_that_hold_everything_once_are_accepted() -> None:
-    space = make_space([(4, 6), (2,), (0, 3), ()])
-    left, right = quarters(space)
-    rest = View(space, (Slab(3, (), ()),))
-    check_cover(space, [left, right, rest])
-    check_cover(space, [View.whole(space)])
-
-
-def test_gaps_are_refused_with_the_name_of_the_tensor() -> None:
-    space = make_space([(4, 6), (2,)])
-    left, right = quarters(space)
-    with pytest.raises(ViewError, match=r"no member holds 12 of the 24 .* 't0'"):
-        check_cover(space, [right])
-    with pytest.raises(ViewError, match=r"no member holds 2 of the 2 .* 't1'"):
-        check_cover(space, [left, View(space, (Slab(0, (0, 3), (4, 3)),))])
-
-
-def test_overlaps_are_refused_with_the_members_and_the_tensor() -> None:
-    space = make_space([(4, 6), (2,)])
-    left, right = quarters(space)
-    with pytest.raises(ViewError, match=r"members 0 and 1 both hold .* 't0'"):
-        check_cover(space, [left, View(space, (Slab(0, (0, 2), (4, 4)),)), right])
-
-
 @pytest.mark.parametrize(
     ("slab", "message"),
     [
@@ -181,6 +150,77 @@ def test_models_with_a_doubled_name_or_a_parameter_behind_a_buffer_are_refused()
 
 
 @pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (TensorSpec("w", (1,) * 10**6), "'w' has 1000000 dimensions; at most 64"),
+        (
+            TensorSpec("w", (2,) * 64),
+            r"'w' has the impossible shape \[2, 2, 2, 2, 2, 2, 2, 2, ...\]",
+        ),
+        (TensorSpec("w", (2**63, 2)), "'w' has the impossible shape"),
+        (TensorSpec("w", (0, 2**40, 2**40)), "'w' has the impossible shape"),
+        (TensorSpec("w", (3, -1)), r"'w' has the impossible shape \[3, -1\]"),
+        (TensorSpec("w" * 1025, ()), "'w{40}'... has 1025 bytes; at most 1024"),
+        (TensorSpec("\xe4" * 600, ()), "has 1200 bytes"),
+        (TensorSpec("w", (), aliases=("v" * 1025,)), "'v{40}'... has 1025 bytes"),
+        (TensorSpec("w", (), aliases=("v",) * 2**20), "1048577 names; at most 1048576"),
+        (TensorSpec("w\udc80", ()), r"the name 'w\\udc80' of a tensor is not valid Unicode"),
+    ],
+    ids=range(10),
+)
+def test_tensors_that_no_message_or_int64_can_hold_are_refused_at_once(
+    spec: TensorSpec, message: str
+) -> None:
+    with pytest.raises(ViewError, match=message):
+        ParameterSpace((spec,))
+
+
+def test_models_that_are_too_large_together_are_refused_by_the_tensor_that_is_too_much() -> None:
+    half = TensorSpec("half", (2**47,))
+    whole = ParameterSpace((half, TensorSpec("rest", (2**47,))))
+    assert whole.size == 2**48
+    with pytest.raises(ViewError, match="'more' makes the model too large"):
+        ParameterSpace((*whole.tensors, TensorSpec("more", ())))
+    flat = [TensorSpec(f"t{i}", (1,) * 64) for i in range(2**16)]
+    assert ParameterSpace(tuple(flat)).size == 2**16
+    with pytest.raises(ViewError, match="'more' makes the model too large"):
+        ParameterSpace((*flat, TensorSpec("more", (1,))))
+
+
+def test_views_whose_index_tables_would_be_huge_are_refused() -> None:
+    many = [(1,)] * 2**18
+    space = make_space([(2,) * 40, *many])
+    every_second = Slab(0, (0,) * 40, (1, 2) * 20)
+    rest = tuple(Slab(i + 1, (0,), (1,)) for i in range(2**18))
+    with pytest.raises(ViewError, match="262145 slabs, one of them cut in 20 dimensions, is too"):
+        Part(View(space, (every_second, *rest)), 0, 5).prepare_segments()
+
+
+@pytest.mark.parametrize(
+    "shape", [(2**43,), (2,) * 43, (2**20, 3, 2**20), (2**42, 1, 2), (0, 2**20, 2**20, 5)]
+)
+def test_what_is_prepared_does_not_overflow_in_models_of_any_size(shape: tuple[int, ...]) -> None:
+    space = make_space([shape, (3,)])
+    cut = tuple(n - n // 2 for n in shape)
+    for offset in ((0,) * len(shape), tuple(n // 2 for n in shape)):
+        view = View(space, (Slab(0, offset, cut), Slab(1, (1,), (2,))))
+        part = Part(view, *space.shard_ranges(1024)[0])
+        part.prepare_segments()
+        last = np.array([view.size - 1])
+        assert view.to_global(last)[0] == space.size - 1
+        assert view.to_local(view.to_global(last)) == last
+        assert view.rank(space.size) == view.size
+
+
+def test_the_segments_of_a_shard_are_counted_as_its_parts_have_them() -> None:
+    space = make_space([(3,), (0,), (2 * SEGMENT_LIMIT + 1,), (), (4,), (2,)], num_buffers=2)
+    for num_shards in (1, 2, 3, 7, 1000):
+        for start, stop in space.shard_ranges(num_shards):
+            sizes = Part(View.whole(space), start, stop).segment_sizes
+            assert space.count_segments(start, stop) == len(sizes)
+
+
+@pytest.mark.parametrize(
     ("other", "message"),
     [
         ([(2, 3), (5,)], "tensor 't1' has shape [4] here and [5] there"),
@@ -193,3 +233,13 @@ def test_the_first_difference_names_the_tensor_and_both_shapes(
 ) -> None:
     assert make_space([(2, 3), (4,)]).first_difference(make_space(other)) == message
     assert make_space(other).first_difference(make_space(other)) is None
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e39])
+def test_tensors_that_float32_cannot_hold_are_refused_by_name(bad: float) -> None:
+    space = make_space([(2,), (3,)], num_buffers=1)
+    given = {"t0": np.zeros(2), "t1": np.array([0.0, bad, 1.0]), "ignored": np.full(2, np.nan)}
+    with pytest.raises(ConfigError, match="in tensor 't1'"):
+        space.flatten(given)
+    given["t1"][1] = 2.0
+    assert space.flatten(given).tolist() == [0.0, 0.0, 0.0, 2.0, 1.0]

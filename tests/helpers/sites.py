@@ -65,8 +65,10 @@ class Site:
 
     def collect(self, progress: FloatArray) -> list[bytes]:
         """Make the update of a round."""
-        flat = torch.from_numpy(progress)
-        return self.worker.collect(lambda i: flat[self.worker.ranges[i]])
+        flat, ranges = torch.from_numpy(progress), self.worker.ranges
+        self.worker.collect(lambda i: (flat[ranges[i]], torch.zeros_like(flat[ranges[i]])))
+        assert self.worker.dialog.pending is not None
+        return self.worker.dialog.pending
 
     def exchange(self, progress: FloatArray) -> Answer:
         """Send the update of a round and take the difference."""

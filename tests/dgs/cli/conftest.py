@@ -28,13 +28,13 @@ def shards() -> Iterator[str]:
         opt.close()
 
 
-def join(addresses: str, seed: int) -> dgs.DistributedOptimizer:
-    """Join as worker ``first`` with the model of a seed."""
+def join(addresses: str, seed: int, worker: str = "first") -> dgs.DistributedOptimizer:
+    """Join with the model of a seed."""
     model = make_model(seed)
     return dgs.DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1),
         named_parameters=model.named_parameters(),
         named_buffers=model.named_buffers(),
         server=addresses,
-        worker="first",
+        worker=worker,
     )

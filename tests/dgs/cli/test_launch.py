@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from dgs.cli.launch import exit_code, worker_commands
+from dgs.cli.course import exit_code
+from dgs.cli.launch import worker_commands
 from dgs.cli.main import main
 from tests.helpers.processes import Spoken, has_ended
 from tests.helpers.scripts import act, train
@@ -24,6 +25,9 @@ pytestmark = pytest.mark.dist
 ACT = str(Path(act.__file__))
 NOBODY = ("--server", "127.0.0.1:1")
 """Servers that are never spoken to: for workers without a model."""
+
+NO_NAME = "a" * 64
+"""Too long for the name of a host, so that no resolver needs to be asked."""
 
 
 def launch(*argv: str) -> int:
@@ -47,6 +51,9 @@ def test_script_trains_one_model_on_two_shards_and_the_model_is_saved(
     for worker in range(4):
         assert f"[worker {worker}] exchanges 60\n" in said.out
     assert re.search(r"4 workers, server 127\.0\.0\.1:\d+,127\.0\.0\.1:\d+\n", said.err)
+    assert f"wrote {saved}: " in said.err
+    assert said.err.endswith("the model after 240 updates\n")
+    assert "no worker has joined" not in said.err
     model = train.make_model(seed=0)
     before = loss(model)
     model.load_state_dict(load_file(saved), strict=True)
@@ -141,11 +148,69 @@ def children(pid: int) -> list[int]:
 
 
 def test_server_that_dies_fails_the_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    assert launch("--workers", "1", ACT, "0:server") == 1
-    assert "server 0 was ended by SIGKILL while workers were training" in capsys.readouterr().err
+    assert launch("--workers", "1", "--save", str(tmp_path / "m"), ACT, "0:server") == 1
+    said = capsys.readouterr().err
+    assert "server 0 was ended by SIGKILL while workers were training" in said
+    assert f"nothing was saved to {tmp_path / 'm'}: the model was in the server that has" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("action", "code"), [("exit=7", 7), ("kill=9", 137), ("signal=2", 130), ("signal=15", 143)]
+)
+def test_run_that_does_not_end_well_saves_what_it_has_reached(
+    shards: str, action: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "model.safetensors"
+    options = ("--workers", "2", "--server", shards, "--save", str(saved))
+    assert launch(*options, ACT, f"1:{action}") == code
+    model = train.make_model(seed=0)
+    model.load_state_dict(load_file(saved), strict=True)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"dgs: wrote {saved}: ")
+    assert "the model after 0 updates; what was reached" in said
+
+
+def test_run_that_could_not_save_says_so(
+    server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "m"
+    for address, action, code, why in (
+        (server, "exit=7", 7, f"{server} has no model yet: no worker has joined"),
+        (NOBODY[1], "again=2", 130, "interrupted twice"),
+    ):
+        options = ("--workers", "1", "--server", address, "--save", str(out))
+        assert launch(*options, ACT, f"0:{action}") == code
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said == f"dgs: nothing was saved to {out}: {why}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reader_that_goes_away_ends_the_run_quietly_and_the_model_is_saved(
+    shards: str, tmp_path: Path
+) -> None:
+    saved = tmp_path / "m"
+    command = f"{sys.executable} -m dgs launch --workers 2 --server {shards} --save {saved}"
+    with Spoken("sh", "-c", f"({command} {ACT} all:talk; echo code $? >&2) | head -n 1") as shell:
+        assert shell.ends_with() == 0
+    assert shell.lines[-1] == "code 141", shell.output
+    assert "Traceback" not in shell.output
+    assert f"dgs: wrote {saved}: " in shell.output
+    assert saved.stat().st_size > 0
+
+
+def test_run_that_no_worker_has_joined_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert launch("--workers", "1", "--save", str(tmp_path / "m"), ACT, "0:exit=0") == 1
+    said = capsys.readouterr().err
+    assert "no worker has joined the server" in said
+    assert "dgs.DistributedOptimizer" in said
+    assert re.search(r"dgs: error: nothing was saved to .*/m: .* has no model yet", said)
 
 
 @pytest.mark.parametrize(
@@ -154,14 +219,19 @@ def test_server_that_dies_fails_the_run(
         (["no-such-script.py"], "no script 'no-such-script.py'"),
         (["--save", "no-such-folder/m", ACT], "no directory 'no-such-folder'"),
         (["--init", "no-such-file", ACT], "cannot read no-such-file"),
+        (["--save", "/proc/x", ACT], "cannot write /proc/x: no file can be made in /proc"),
         (["--server", "nowhere", ACT], "'nowhere' is not a server address"),
+        (["--server", f"127.0.0.1:1,{NO_NAME}:1", ACT], f"the name '{NO_NAME}' does not resolve"),
     ],
 )
 def test_what_cannot_work_is_told_before_anything_is_started(
     options: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert launch("--workers", "2", *options) == 1
-    assert words in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.startswith("dgs: error: ")
+    assert said.count("\n") == 1
 
 
 def test_threads_are_shared_among_workers_unless_chosen() -> None:

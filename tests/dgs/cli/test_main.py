@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from pathlib import Path
 
 import pytest
 
 from dgs.cli.main import main, make_parser
 from dgs.errors import ConfigError
 from tests.helpers.processes import Spoken
+from tests.helpers.source_tree import ROOT
 
 COMMANDS = ("server", "launch", "pull", "status", "demo")
 
@@ -61,6 +64,27 @@ def test_wrong_use_ends_with_2(argv: list[str], capsys: pytest.CaptureFixture[st
     assert "dgs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["pull", "--server", "127.0.0.1:1", "--out", "m", "--wrong"],
+        ["status", "--server", "127.0.0.1:1", "--wrong"],
+        ["server", "--listen", "127.0.0.1:0", "--wrong"],
+        ["launch", "--workers", "2", "--wrong", "train.py"],
+        ["demo", "--wrong"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_unknown_option_shows_the_usage_of_its_command(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    said = capsys.readouterr().err
+    assert said.startswith(f"usage: dgs {argv[0]} ")
+    assert "--wrong" in said
+
+
 def test_error_is_one_line_and_debug_shows_where_it_was_raised(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -88,9 +112,30 @@ def test_ctrl_c_ends_with_130(
 
 @pytest.mark.dist
 def test_reader_that_goes_away_ends_the_program_quietly(server: str) -> None:
-    argv = ("-m", "dgs", "status", "--server", server, "--watch", "0.01", "--json")
-    with Spoken("sh", "-c", f"{sys.executable} {' '.join(argv)} | head -n 1; echo ended") as shell:
+    status = f"{sys.executable} -m dgs status --server {server} --watch 0.01 --json"
+    with Spoken("sh", "-c", f"({status}; echo code $? >&2) | head -n 1") as shell:
         shell.line_with('"address"')
         assert shell.ends_with() == 0
-        assert shell.lines[-1] == "ended"
-        assert len(shell.lines) == 2, shell.output
+        assert shell.lines[1:] == ["code 141"], shell.output
+
+
+SLOW_TORCH = """
+import sys, threading
+print("importing torch", flush=True)
+try:
+    threading.Event().wait(60.0)
+except BaseException:  # as some modules do
+    pass
+sys.exit("nobody interrupted the import")
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("command", ["status", "launch", "server"])
+def test_ctrl_c_while_torch_is_imported_ends_quietly_with_130(command: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(SLOW_TORCH)
+    with Spoken(sys.executable, "-m", "dgs", command, PYTHONPATH=f"{tmp_path}:{ROOT}") as program:
+        program.line_with("importing torch")
+        program.process.send_signal(signal.SIGINT)
+        assert program.ends_with() == 130
+        assert program.lines == ["importing torch", "dgs: interrupted"]

@@ -71,23 +71,36 @@ def test_server_starts_from_a_file_warns_logs_and_ends_when_told(tmp_path: Path)
         assert told["pid"] == server.process.pid
         address = told["address"].replace("0.0.0.0", "127.0.0.1")
 
+        other = torch.nn.Linear(2, 2)
+        with pytest.raises(ModelMismatchError, match=rf"starts from {path}, .*'weight'"):
+            join_with(other, address)
+        server.line_with(f"refused a worker: the server starts from {path}, ")
+
         opt = join(address, seed=4)
         server.line_with("worker first (member 0) joined at version 0")
         for name, tensor in opt.pull_model().items():
             assert torch.equal(tensor, given.state_dict()[name]), name
-        other = torch.nn.Linear(2, 2)
         with pytest.raises(ModelMismatchError, match="is not the server's"):
-            dgs.DistributedOptimizer(
-                torch.optim.SGD(other.parameters(), lr=0.1),
-                named_parameters=other.named_parameters(),
-                server=address,
-            )
+            join_with(other, address)
         server.line_with("refused Join: model-mismatch")
+        newer = join(address, seed=4)
+        server.line_with(
+            "worker first (member 0) joined again, in place of its earlier process, at version 0"
+        )
+        newer.close()
         opt.close()
         server.line_with("worker first (member 0) left")
 
         server.process.send_signal(signal.SIGTERM)
         assert server.ends_with() == 0
+
+
+def join_with(model: torch.nn.Module, address: str) -> None:
+    dgs.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        named_parameters=model.named_parameters(),
+        server=address,
+    )
 
 
 @pytest.mark.dist

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from types import ModuleType
 
-from dgs.kernels import Kernels, kernels, reference
+from dgs.kernels import COMPILED_FROM, Kernels, kernels, reference
 from tests.helpers.source_tree import ROOT
 
 WITHOUT_NUMBA = """
@@ -16,15 +16,16 @@ from dgs.kernels import kernels
 assert "numba.core" not in sys.modules
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    assert kernels().NAME == "reference" and kernels() is kernels()
+    assert kernels(1 << 30).NAME == "reference" and kernels(1 << 30) is kernels(1 << 29)
 assert len(caught) == 1, caught
 assert "Install numba" in str(caught[0].message)
 """
 
 
 def test_the_compiled_kernels_are_chosen_where_they_run(fast: ModuleType) -> None:
-    assert kernels() is fast
-    assert kernels().NAME == "cpu"
+    assert kernels(COMPILED_FROM) is fast
+    assert fast.NAME == "cpu"
+    assert kernels(COMPILED_FROM - 1) is reference  # loading numba would take longer than it saves
 
 
 def test_without_numba_there_is_one_warning_and_the_reference() -> None:

@@ -5,7 +5,13 @@ import socket
 import pytest
 
 from dgs.errors import AddressInUseError, ConfigError
-from dgs.transport.address import check_listenable, join_address, split_address
+from dgs.transport.address import (
+    UnresolvedNameError,
+    check_listenable,
+    check_resolvable,
+    join_address,
+    split_address,
+)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:7070", "[::1]:1", "ps-1.example.org:65535"])
@@ -56,3 +62,16 @@ def test_a_listener_makes_the_address_in_use_and_its_end_frees_it(host: str) -> 
 def test_an_address_that_is_not_this_machines_is_refused_by_name(host: str) -> None:
     with pytest.raises(ConfigError, match=host):
         check_listenable(host, 0)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:7070", "[::1]:7070", "localhost:1"])
+def test_a_host_that_resolves_passes_whether_it_listens_or_not(address: str) -> None:
+    check_resolvable(address)
+
+
+@pytest.mark.parametrize("host", ["a" * 64, "a..b"], ids=["too long", "empty part"])
+def test_a_host_that_does_not_resolve_is_refused_by_name(host: str) -> None:
+    with pytest.raises(
+        UnresolvedNameError, match=f"server {host}:7070: the name {host!r} does not"
+    ):
+        check_resolvable(f"{host}:7070")

@@ -26,12 +26,12 @@ def test_the_environment_is_read_only_where_nothing_is_given() -> None:
     assert [t.address for t in connect("arg:2", RETRY, environ)] == ["arg:2"]
 
 
-def test_servers_in_this_process_and_transports_are_taken_as_they_are() -> None:
-    server = dgs.ParameterServer()
-    local, network = connect([server, "a:1"], RETRY)
-    assert isinstance(local, LocalTransport)
-    assert isinstance(network, RetryingTransport)
-    assert connect(local, RETRY) == [local]
+def test_servers_here_and_there_are_asked_again_and_transports_are_taken_as_they_are() -> None:
+    here, there = connect([dgs.ParameterServer(), "a:1"], RETRY)
+    assert isinstance(here, RetryingTransport)
+    assert isinstance(there, RetryingTransport)
+    plain = LocalTransport(dgs.ParameterServer())
+    assert connect(plain, RETRY) == [plain]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
@@ -39,9 +41,10 @@ def silent() -> Iterator[str]:
 @pytest.mark.parametrize("method", [Method.STATUS, Method.EXCHANGE])
 def test_a_refused_connection_is_told_with_the_address(refusing: str, method: Method) -> None:
     transport = GrpcTransport(refusing)
-    with pytest.raises(ServerUnavailableError, match=f"{refusing}: connection refused"):
+    with pytest.raises(ServerUnavailableError, match=f"{refusing}: connection refused") as caught:
         transport.call(method, b"", timeout_s=TIMEOUT_S)
     transport.close()
+    assert "grpc._channel" not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize("method", [Method.STATUS, Method.EXCHANGE])
@@ -188,3 +191,56 @@ def test_a_forked_child_gets_a_clear_error_and_the_parents_connection_goes_on(
     )
     assert done.stdout == "done\n", done.stderr
     assert [request for _, request in handler.calls] == [b"before", b"after"]
+
+
+GOAWAY = """
+import sys
+from dgs.config import RetryConfig
+from dgs.errors import ServerUnavailableError
+from dgs.transport import Method
+from dgs.transport.connect import connect
+
+[transport] = connect(sys.argv[1], RetryConfig())
+try:
+    transport.call(Method.STATUS, b"", timeout_s=0.5)
+except ServerUnavailableError as error:
+    print(error)
+transport.close()
+"""
+
+
+def frame(kind: int, payload: bytes = b"") -> bytes:
+    """Return an HTTP/2 frame of stream 0."""
+    return len(payload).to_bytes(3, "big") + bytes((kind, 0)) + bytes(4) + payload
+
+
+def test_what_grpc_logs_itself_stays_off_the_terminal() -> None:
+    settings, goaway = 4, 7
+    calm = frame(goaway, bytes(4) + (11).to_bytes(4, "big") + b"too_many_pings")
+    environ = {k: v for k, v in os.environ.items() if k != "GRPC_VERBOSITY"}
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        listener.settimeout(TIMEOUT_S)
+
+        def turn_away() -> None:
+            for _ in range(2):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.sendall(frame(settings))
+                    connection.recv(1 << 16)
+                    connection.sendall(calm)
+                    connection.recv(1 << 16)
+
+        turned_away = pool.submit(turn_away)
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        done = subprocess.run(
+            [sys.executable, "-c", GOAWAY, address],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            env=environ,
+            check=True,
+        )
+        turned_away.cancel()
+    assert "gave up on server" in done.stdout
+    assert "chttp2" not in done.stderr, done.stderr
+    assert "oaway" not in done.stderr, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Iterable
 from itertools import repeat
 from random import Random
@@ -24,6 +25,7 @@ from dgs.errors import (
     UnknownWorkerError,
 )
 from dgs.transport import Method, RetryingTransport, Traffic
+from dgs.transport.address import UnresolvedNameError
 from tests.dgs.transport.conftest import VirtualTime
 
 
@@ -123,7 +125,8 @@ def test_giving_up_tells_the_address_the_time_the_attempts_the_cause_and_what_to
     text = str(caught.value)
     for part in ("ps:7070", "29.0 s", f"{len(inner.requests)} attempts", "refused", "Check"):
         assert part in text
-    assert isinstance(caught.value.__cause__, ServerUnavailableError)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert shown.count("Error: ") == 1, shown
 
 
 def test_waits_double_up_to_the_longest_and_are_spread_over_a_half() -> None:
@@ -161,8 +164,67 @@ def test_an_outage_is_logged_once_when_it_begins_and_once_when_it_ends(
         transport.call(Method.EXCHANGE, b"", timeout_s=60.0)
         transport.call(Method.EXCHANGE, b"", timeout_s=60.0)
     begin, end = (record.getMessage() for record in caplog.records)
-    assert begin == "server ps:7070: ps:7070: connection refused; trying again"
+    assert begin == "server ps:7070: connection refused; trying again"
     assert end == f"server ps:7070 is back after {time.now_s:.1f} s"
+
+
+def unresolved() -> UnresolvedNameError:
+    return UnresolvedNameError("ps:7070: the name does not resolve")
+
+
+def test_a_name_that_has_never_resolved_is_given_up_within_three_seconds() -> None:
+    time = VirtualTime()
+    inner = Scripted(repeat(unresolved()), time)
+    with pytest.raises(UnresolvedNameError, match=r"name does not resolve\. Check the spelling"):
+        retrying(inner, time).call(Method.JOIN, b"", timeout_s=300.0)
+    assert 1.5 < time.now_s <= 3.0
+    assert len(inner.requests) > 2
+
+
+def test_a_name_that_has_resolved_before_gets_the_whole_budget() -> None:
+    time = VirtualTime()
+    inner = Scripted([b"", *repeat(unresolved(), 20), b"back"], time)
+    transport = retrying(inner, time)
+    transport.call(Method.JOIN, b"", timeout_s=300.0)
+    assert transport.call(Method.EXCHANGE, b"", timeout_s=300.0) == b"back"
+    assert time.now_s > 30.0
+
+
+def test_a_server_that_is_not_ready_yet_is_no_outage(caplog: pytest.LogCaptureFixture) -> None:
+    time = VirtualTime()
+    wait = NotReadyError("worker 'a' was asked to give the model; it has not yet")
+    transport = retrying(Scripted([wait, wait, b""], time), time)
+    with caplog.at_level(logging.INFO, logger="dgs.transport"):
+        transport.call(Method.JOIN, b"", timeout_s=60.0)
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("INFO", f"server ps:7070: {wait}; trying again"),
+        ("INFO", f"server ps:7070 was ready after {time.now_s:.1f} s"),
+    ]
+
+
+def test_a_server_that_is_not_ready_for_ten_seconds_is_told_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    time = VirtualTime()
+    wait = NotReadyError("no model yet")
+    transport = retrying(Scripted([*repeat(wait, 12), b""], time), time)
+    with caplog.at_level(logging.WARNING, logger="dgs.transport"):
+        transport.call(Method.JOIN, b"", timeout_s=60.0)
+    told, end = (record.getMessage() for record in caplog.records)
+    assert time.now_s > 20.0
+    assert told.startswith("server ps:7070 is not ready after 1")
+    assert told.endswith("s: no model yet; still waiting")
+    assert end == f"server ps:7070 was ready after {time.now_s:.1f} s"
+
+
+def test_a_server_that_was_never_ready_is_told_of_with_the_cause_that_callers_test() -> None:
+    time = VirtualTime()
+    inner = Scripted(repeat(NotReadyError("no model yet")), time)
+    with pytest.raises(
+        ServerUnavailableError, match="gave up waiting for server ps:7070"
+    ) as caught:
+        retrying(inner, time).call(Method.JOIN, b"", timeout_s=30.0)
+    assert isinstance(caught.value.__cause__, NotReadyError)
 
 
 def test_closing_ends_a_wait_and_the_inner_transport() -> None:

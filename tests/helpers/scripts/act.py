@@ -4,7 +4,7 @@
 Actions: ``exit=CODE``, ``kill=SIGNAL`` (itself), ``signal=SIGNAL`` (the launcher),
 ``again=SIGNAL`` (the launcher, and once more when this process is interrupted), ``server`` (kills
 the launcher's server), ``family`` (starts a child and tells both ids), ``tell`` (arguments and
-environment), ``once=FILE`` (fails unless the file is there).
+environment), ``once=FILE`` (fails unless the file is there), ``talk`` (until nobody listens).
 """
 
 from __future__ import annotations
@@ -51,6 +51,11 @@ def family() -> None:
     print("family", os.getpid(), child.pid)
 
 
+def talk() -> None:
+    while True:
+        print("talking")
+
+
 def act(action: str, value: str) -> None:
     if action == "tell":
         tell()
@@ -71,6 +76,8 @@ def act(action: str, value: str) -> None:
         os.kill(find_server(), signal.SIGKILL)
     elif action == "family":
         family()
+    elif action == "talk":
+        talk()
     wait()
 
 
