@@ -10,6 +10,7 @@ ever.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -67,6 +68,7 @@ def top_k_indices(values: Tensor, k: int) -> Tensor:
     return chosen.nonzero().flatten()
 
 
+@lru_cache(maxsize=1 << 12)
 def count_wanted(n: int, density: float) -> int:
     """Return how many of `n` entries a density asks for: ``ceil(density * n)``, at least 1.
 

@@ -15,7 +15,6 @@ from threading import Lock
 import numpy as np
 
 from dgs._proto import parameter_server_pb2 as pb
-from dgs.codec import decode_body
 from dgs.config import ServerConfig
 from dgs.errors import (
     DgsError,
@@ -28,12 +27,15 @@ from dgs.errors import (
 )
 from dgs.frame import Frame, FrameKind, Header, decode_frame, encode_frame
 from dgs.joining import Joining
+from dgs.kernels import kernels
 from dgs.messages import parse, space_to_message
 from dgs.metrics import Histogram
 from dgs.quantize import first_non_finite
 from dgs.registry import Registry, Session
+from dgs.shard import Shard
 from dgs.space import FloatArray, Int64Array, ParameterSpace
 from dgs.tracker import digest
+from dgs.view import Part
 
 __all__ = ["ParameterServer"]
 
@@ -88,8 +90,7 @@ class ParameterServer:
         self._init = dict(init) if init is not None else None
         self._run = (secrets.randbits(62) | 1) if run is None else run
         self._registry = Registry(self._config.max_workers)
-        self._model: FloatArray | None = None
-        self._version = 0
+        self._shard: Shard | None = None
         self._is_fresh = False
         self._turn = Lock()
         self._totals = _Totals(Histogram())
@@ -105,12 +106,12 @@ class ParameterServer:
     @property
     def ready(self) -> bool:
         """Whether the server has a model."""
-        return self._model is not None
+        return self._shard is not None
 
     @property
     def version(self) -> int:
         """Number of updates applied."""
-        return self._version
+        return self._shard.version if self._shard else 0
 
     @property
     def space(self) -> ParameterSpace | None:
@@ -149,20 +150,22 @@ class ParameterServer:
     def _join(self, request: bytes) -> bytes:
         joining = Joining.from_message(parse(pb.JoinRequest, request), self._config)
         self._registry.check_incarnation(joining)
-        if self._model is not None:
+        if self._shard is not None:
             self._registry.check_model(joining)
         elif self._init is not None:
             flat = joining.view.space.flatten(self._init)
             self._registry.adopt(joining)
             start, stop = self._registry.shard_range
-            self._model, self._init = flat[start:stop].copy(), None
-        reply = pb.JoinReply(run=self._run, version=self._version)
-        if self._model is None or (joining.restore and self._untrained):
+            self._shard, self._init = Shard(flat[start:stop]), None
+        reply = pb.JoinReply(run=self._run, version=self.version)
+        if self._shard is None or (joining.restore and self._untrained):
             worker = self._registry.appoint(joining, has_model=self.ready)
             reply.outcome = pb.JoinReply.GIVE_MODEL
         else:
-            resumed, reply.unchanged = self._registry.open(joining, self._model, self._version)
+            shard = self._shard
+            resumed, reply.unchanged = self._registry.open(joining, shard.model, shard.version)
             worker = self._registry.worker(joining.worker)
+            worker.live[joining.member].record.follow(shard)
             reply.outcome = pb.JoinReply.RESUMED if resumed else pb.JoinReply.JOINED
         reply.worker_id = worker.number
         reply.initialiser = self._registry.initialiser
@@ -181,14 +184,14 @@ class ParameterServer:
                 "model any more"
             )
         space = self._registry.require_space()
-        self._model = _read_model(frame, space, *self._registry.shard_range)
+        self._shard = Shard(_read_model(frame, space, *self._registry.shard_range))
         self._is_fresh = not self._registry.take_given(worker)
         return b""
 
     @property
     def _untrained(self) -> bool:
         """Whether the model is one that a worker began with and nobody has trained: replaceable."""
-        return self._is_fresh and self._version == 0
+        return self._is_fresh and self.version == 0
 
     def _exchange(self, request: bytes) -> bytes:
         frame = decode_frame(request, max_size=self.max_request_bytes("Exchange"))
@@ -201,18 +204,25 @@ class ParameterServer:
                 f"exchange {header.seq} of worker {session.worker!r} does not follow "
                 f"{session.seq}; join again"
             )
-        target, after, mean = self._checked(session, frame)
+        indices, values, mean = self._checked(session, frame)
+        shard, staleness = self._require_shard(), self.version - session.version
         try:
-            model = self._require_model()
-            model[target], model[session.part.tail_coordinates] = after, mean
-            staleness = self._version - session.version
-            self._version += 1
-            session.version = self._version
-            reply = self._answer(session, header, staleness)
-            session.record_exchange(header.seq, staleness, len(request), reply)
+            bad = shard.apply(_places(session.part, indices), values)
+            if bad < 0:
+                shard.model[session.part.tail_coordinates] = mean
+                session.version = shard.version
+                reply = self._answer(session, header, staleness)
+                session.record_exchange(header.seq, staleness, len(request), reply)
         except BaseException:  # half done: the same request must never be applied again
             self._registry.discard(session)
             raise
+        if bad >= 0:
+            name = session.part.name_at(int(indices[bad]))
+            what = "holds NaN or Inf" if not np.isfinite(values[bad]) else "overflows the model"
+            raise NonFiniteError(
+                f"the update of worker {session.worker!r} {what} in tensor {name!r}; "
+                "it was refused whole"
+            )
         self._totals.staleness.add(staleness)
         self._totals.bytes_up += len(request)
         self._totals.bytes_down += len(reply)
@@ -220,8 +230,8 @@ class ParameterServer:
         return reply
 
     def _checked(self, session: Session, frame: Frame) -> tuple[Int64Array, FloatArray, FloatArray]:
-        """Return where an update falls, what it makes of the model there, and of the buffers."""
-        header, part, model = frame.header, session.part, self._require_model()
+        """Return an update's entries, and what it makes of the buffers."""
+        header, part = frame.header, session.part
         if header.kind != FrameKind.UPDATE or header.replaces:
             raise MalformedError("an Exchange carries an update, to be added")
         if header.size != part.size or len(frame.tail) != part.tail_size:
@@ -229,22 +239,11 @@ class ParameterServer:
                 f"the update is of {header.size} coordinates and {len(frame.tail)} buffer values; "
                 f"worker {session.worker!r} holds {part.size} and {part.tail_size} of this shard"
             )
-        indices, values = decode_body(frame.body, part.segment_sizes, header.values, header.nnz)
-        where = part.coordinates
-        target = indices + where.start if isinstance(where, slice) else where[indices]
+        decode = kernels(part.size).decode_body
+        indices, values = decode(frame.body, part.segment_sizes, header.values, header.nnz)
+        mean = self._require_shard().model[part.tail_coordinates]
         with np.errstate(over="ignore", invalid="ignore"):
-            after = model[target] - values
-        bad = first_non_finite(after)
-        if bad is not None:
-            name = part.name_at(int(indices[bad]))
-            what = "holds NaN or Inf" if not np.isfinite(values[bad]) else "overflows the model"
-            raise NonFiniteError(
-                f"the update of worker {session.worker!r} {what} in tensor {name!r}; "
-                "it was refused whole"
-            )
-        mean = model[part.tail_coordinates]
-        with np.errstate(over="ignore", invalid="ignore"):
-            mean = mean + (frame.tail - mean) / np.float32(self._registry.num_active(self._version))
+            mean = mean + (frame.tail - mean) / np.float32(self._registry.num_active(self.version))
         bad = first_non_finite(mean)
         if bad is not None:
             name = part.view.name_at(part.local_tail.start + bad)
@@ -252,12 +251,11 @@ class ParameterServer:
                 f"worker {session.worker!r} sent NaN or Inf in buffer {name!r}; "
                 "its update was refused whole"
             )
-        return target, after, mean
+        return indices, values, mean
 
     def _answer(self, session: Session, header: Header, staleness: int) -> bytes:
         """Advance the session's record and encode what it advanced by."""
-        model = self._require_model()
-        difference = session.record.advance(model)
+        difference = session.record.advance()
         every = self._config.hash_interval
         hashed = every > 0 and header.seq % every == 0
         reply = Header(
@@ -270,18 +268,19 @@ class ParameterServer:
             run=self._run,
             incarnation=header.incarnation,
             seq=header.seq,
-            version=self._version,
+            version=self.version,
             size=session.part.size,
             nnz=difference.count,
             staleness=min(staleness, 0xFFFFFFFF),
             hash=digest(session.record.replica) if hashed else None,
         )
+        model = self._require_shard().model
         tail = np.ascontiguousarray(model[session.part.tail_coordinates], dtype="<f4")
         return encode_frame(reply, difference.body, tail)
 
     def _pull_model(self, request: bytes) -> bytes:
         pull = parse(pb.PullRequest, request)
-        model = self._require_model()
+        model = self._require_shard().model
         if pull.run:
             self._check_run(pull.run)
         values, tail = model, model[:0]
@@ -296,7 +295,7 @@ class ParameterServer:
             shard=self._registry.shard,
             run=self._run,
             incarnation=pull.incarnation,
-            version=self._version,
+            version=self.version,
             size=len(values),
             nnz=len(values),
         )
@@ -316,13 +315,13 @@ class ParameterServer:
         return pb.StatusReply(
             run=self._run,
             ready=self.ready,
-            version=self._version,
+            version=self.version,
             shard=self._registry.shard,
             num_shards=self._registry.num_shards,
             range_start=start,
             range_stop=stop,
             tensors=space_to_message(space) if space else (),
-            workers=[s.status(self._version) for s in self._registry.sessions()],
+            workers=[s.status(self.version) for s in self._registry.sessions()],
             refused=totals.refused,
             initialiser=self._registry.initialiser,
             staleness_p50=totals.staleness.percentile(50),
@@ -342,10 +341,14 @@ class ParameterServer:
                 "or the address now belongs to another run; start the workers again"
             )
 
-    def _require_model(self) -> FloatArray:
-        if self._model is None:
+    def _require_shard(self) -> Shard:
+        if self._shard is None:
             raise NotReadyError("the server has no model yet: no worker has joined")
-        return self._model
+        return self._shard
+
+    @property
+    def _model(self) -> FloatArray | None:
+        return self._shard.model if self._shard else None
 
 
 def _read_model(frame: Frame, space: ParameterSpace, start: int, stop: int) -> FloatArray:
@@ -361,3 +364,11 @@ def _read_model(frame: Frame, space: ParameterSpace, start: int, stop: int) -> F
         name = space.tensor_at(start + bad).name
         raise NonFiniteError(f"the initial model holds NaN or Inf in tensor {name!r}")
     return np.array(values, dtype=np.float32)
+
+
+def _places(part: Part, indices: Int64Array) -> Int64Array:
+    """Return where in the shard a session's indices are."""
+    where = part.coordinates
+    if not isinstance(where, slice):
+        return where[indices]
+    return indices + where.start if where.start else indices

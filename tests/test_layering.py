@@ -19,7 +19,8 @@ LAYERS = (
     ("config", "metrics"),
     ("space", "view", "cover", "bits"),
     ("select", "quantize", "codec", "frame", "momentum", "messages", "kernels"),
-    ("tracker", "joining", "registry", "sparsify"),
+    ("changes", "shard"),
+    ("search", "candidates", "tracker", "joining", "registry", "sparsify"),
     ("server", "dialog", "worker"),
     ("transport",),
     ("client",),
@@ -30,6 +31,20 @@ LAYERS = (
     ("__main__",),
 )
 """Parts of `dgs`, lowest first; a part may import its own layer and those before it."""
+
+MOE_LAYERS = (
+    ("errors",),
+    ("config", "parallel", "kernels"),
+    ("router", "capacity", "permute"),
+    ("losses", "dropping", "experts", "dispatch"),
+    ("initial",),
+    ("layer",),
+    (FACADE,),
+    ("layout",),
+)
+"""Parts of `moe`, likewise."""
+
+LAYERS_OF = {"dgs": LAYERS, "moe": MOE_LAYERS}
 
 RESERVED = {
     "grpc": r"dgs\.transport\.(grpc_\w+|options)|dgs\._proto\..*",
@@ -50,13 +65,14 @@ def _within(name: str, package: str) -> bool:
 
 
 def _part(name: str) -> str:
-    """Return which part of `dgs` a module belongs to."""
+    """Return which part of its package a module belongs to."""
     return name.split(".")[1] if "." in name else FACADE
 
 
 def _rank(name: str) -> int | None:
     """Return the layer of a module, `None` where it has none yet, which has a test of its own."""
-    return next((rank for rank, layer in enumerate(LAYERS) if _part(name) in layer), None)
+    layers = LAYERS_OF[name.partition(".")[0]]
+    return next((rank for rank, layer in enumerate(layers) if _part(name) in layer), None)
 
 
 def _is_upward(importer: str, target: str) -> bool:
@@ -64,30 +80,35 @@ def _is_upward(importer: str, target: str) -> bool:
     return low is not None and high is not None and high > low
 
 
-def _inner_edges() -> Iterable[tuple[Module, str, str]]:
-    """Yield every import of one module of `dgs` by another, with a prepared complaint."""
-    for module in modules("dgs", generated=True):
+def _inner_edges(package: str) -> Iterable[tuple[Module, str, str]]:
+    """Yield every import of one module of a package by another, with a prepared complaint."""
+    for module in modules(package, generated=True):
         for node, target in imported(module):
-            if _within(target, "dgs") and target != module.name:
+            if _within(target, package) and target != module.name:
                 yield module, target, module.at(node, f"{module.name} imports {target}")
 
 
-def test_every_module_has_a_layer() -> None:
-    known = {part for layer in LAYERS for part in layer}
-    strangers = {m.name for m in modules("dgs", generated=True) if _part(m.name) not in known}
-    assert not strangers, f"give each of these a place in LAYERS: {sorted(strangers)}"
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_module_has_a_layer(package: str) -> None:
+    known = {part for layer in LAYERS_OF[package] for part in layer}
+    strangers = {m.name for m in modules(package, generated=True) if _part(m.name) not in known}
+    assert not strangers, f"give each of these a place in its layers: {sorted(strangers)}"
 
 
-def test_lower_layers_do_not_import_higher_ones() -> None:
+@pytest.mark.parametrize("package", PACKAGES)
+def test_lower_layers_do_not_import_higher_ones(package: str) -> None:
     wrong = [
-        complaint for module, target, complaint in _inner_edges() if _is_upward(module.name, target)
+        complaint
+        for module, target, complaint in _inner_edges(package)
+        if _is_upward(module.name, target)
     ]
     assert not wrong, "\n".join(wrong)
 
 
-def test_modules_do_not_import_each_other_in_circles() -> None:
+@pytest.mark.parametrize("package", PACKAGES)
+def test_modules_do_not_import_each_other_in_circles(package: str) -> None:
     graph: dict[str, set[str]] = {}
-    for module, target, _ in _inner_edges():
+    for module, target, _ in _inner_edges(package):
         graph.setdefault(module.name, set()).add(target)
     try:
         TopologicalSorter(graph).prepare()

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from dgs.config import Values
 from dgs.errors import ConfigError
-from dgs.kernels import cpu_select, cpu_topk
+from dgs.kernels import cpu_changes, cpu_select, cpu_topk
 from dgs.kernels.cpu_codec import decode_body, encode_body
 
 __all__ = [
@@ -68,6 +68,7 @@ def warm_up() -> float:
     for kind in _KINDS:
         body = encode_body(indices[:count], values[:count], [1000, 0], kind).body
         decode_body(body, [1000, 0], kind, count)
+    cpu_changes.warm_up()
     return time.perf_counter() - began
 
 

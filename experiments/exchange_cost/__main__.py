@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dgs.kernels import kernels
+from dgs.kernels import COMPILED_FROM, kernels
 from experiments.exchange_cost.paths import Server, Worker, resnet18_sizes
 
 Path = Callable[[], object]
@@ -49,11 +49,13 @@ def main() -> None:
     _keep_to_one_core()
     report = measure(resnet18_sizes(given.scale), given.density, given.repeats)
     print(json.dumps(report, indent=2) if given.json else table(report))
+    if torch.cuda.is_available() and not given.json:
+        print("\na GPU is there as well: python -m experiments.exchange_cost.gpu")
 
 
 def measure(sizes: list[int], density: float, repeats: int, seed: int = 0) -> Report:
     """Return medians in milliseconds, bandwidths, and the figures."""
-    chosen = kernels()
+    chosen = kernels(max(COMPILED_FROM, sum(sizes)))
     compile_s = chosen.warm_up()
     worker = Worker(sizes, density, chosen, seed)
     server = Server(worker, chosen, seed + 1)

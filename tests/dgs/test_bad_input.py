@@ -35,6 +35,7 @@ from tests.helpers.sites import (
     Site,
     gaussian,
     make_servers,
+    overwrite,
     replica,
     server_model,
     space_of,
@@ -401,8 +402,7 @@ def test_an_update_that_one_shard_refuses_leaves_all_shards_in_step(overlap: boo
 
     step(1.0, 1.0)
     opt.state_dict()
-    assert servers[1]._model is not None
-    servers[1]._model[:] = -3e38  # so that the next update overflows there, and only there
+    overwrite(servers[1], -3e38)  # so that the next update overflows there, and only there
     if overlap:
         step(1.0, 3e38)  # only starts the exchange that the next step waits for
     with pytest.raises(NonFiniteError, match=r"overflows the model in tensor '1\.weight'"):

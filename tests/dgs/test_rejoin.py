@@ -17,7 +17,7 @@ from dgs.config import ServerConfig
 from dgs.errors import FencedError, NonFiniteError, NotReadyError, ServerUnavailableError
 from dgs.transport.base import Method, Traffic
 from dgs.transport.local import LocalTransport
-from tests.helpers.sites import make_servers, sessions
+from tests.helpers.sites import make_servers, overwrite, sessions
 from tests.helpers.training import Batches, flat, make_model, train_step, wrap
 
 STEPS = 5
@@ -329,8 +329,7 @@ def test_a_shards_refusal_drops_nothing_of_what_another_shard_has_not_received()
 
     step(1.0, 1.0)
     before = flat(model)[:16]
-    assert servers[1]._model is not None
-    servers[1]._model[:] = -3e38
+    overwrite(servers[1], -3e38)
     links[0].cut = True
     with pytest.raises(NonFiniteError, match=r"overflows the model in tensor '1\.weight'"):
         step(2.0, 3e38)

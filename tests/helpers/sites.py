@@ -103,6 +103,15 @@ def server_model(servers: Sequence[ParameterServer]) -> FloatArray:
     return np.concatenate([m for m in models if m is not None])
 
 
+def overwrite(server: ParameterServer, value: float) -> None:
+    """Set the model to a value that no worker has, as nothing that workers can send would."""
+    for session in sessions(server):
+        session.record.materialise()
+        session.record.version = -1  # before the log: all of the model may differ
+    assert server._shard is not None
+    server._shard.model[:] = value
+
+
 def gaussian(rng: np.random.Generator, size: int) -> FloatArray:
     """Draw float32 normal values."""
     return rng.standard_normal(size).astype(np.float32)

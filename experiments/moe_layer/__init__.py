@@ -1,0 +1,1 @@
+"""The mixture-of-experts layer: what it costs, and what it sends."""
