@@ -95,7 +95,8 @@ class Shard:
     """
 
     def __init__(self, model: FloatArray) -> None:
-        """Copy the model; its version is 0."""
+        """Copy the model; its version is 0. Compiles, or loads, what exchanges will need."""
+        change_kernels(model.size)
         self.model: FloatArray = np.add(model, np.float32(0.0), dtype=np.float32)
         self.version = 0
         self.log = ChangeLog()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from dgs.codec import Encoded
 from dgs.config import Values
 from dgs.kernels import changes, reference
 from dgs.kernels.change_protocol import ChangeKernels
+from dgs.kernels.warming import warm
 
 __all__ = ["COMPILED_FROM", "ChangeKernels", "Kernels", "change_kernels", "kernels"]
 
@@ -157,8 +159,8 @@ def kernels(size: int) -> Kernels:
     """Return the implementation that suits arrays of `size` entries; all give the same bits.
 
     Note:
-        numba is imported by the first call for a large array, not by ``import dgs``. Without it,
-        that call warns, once.
+        The first call for a large array imports numba and compiles, or loads what an earlier
+        process has compiled; ``import dgs`` does not. Without numba, that call warns, once.
     """
     return _compiled() if size >= COMPILED_FROM else reference
 
@@ -184,4 +186,5 @@ def _compiled() -> Kernels:
             stacklevel=3,
         )
         return reference
+    warm(cpu.warm_up, Path(__file__).parent / "__pycache__")
     return cpu

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 from dgs.kernels import COMPILED_FROM, Kernels, kernels, reference
+from dgs.kernels.warming import warm
 from tests.helpers.source_tree import ROOT
 
 WITHOUT_NUMBA = """
@@ -49,3 +55,38 @@ def test_warming_up_compiles_everything_once(fast: ModuleType) -> None:
     fast.warm_up()
     assert fast.warm_up() < 1.0
     assert reference.warm_up() == 0.0
+
+
+def test_compiling_is_announced_and_loading_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compile_one() -> float:
+        assert "compiling kernels, once" in caplog.text
+        (tmp_path / "kernel.nbi").touch()
+        return 1.0
+
+    assert warm(compile_one, tmp_path) == 1.0
+    caplog.clear()
+    assert warm(lambda: 2.0, tmp_path) == 2.0
+    assert caplog.text == ""
+
+
+def test_processes_that_start_at_once_compile_one_after_the_other(tmp_path: Path) -> None:
+    inside: list[int] = []
+    most: list[int] = []
+
+    def compile_one() -> float:
+        inside.append(1)
+        most.append(len(inside))
+        threading.Event().wait(0.02)  # long enough for another one to come in, if it could
+        inside.pop()
+        return 0.0
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: warm(compile_one, tmp_path), range(4)))
+    assert most == [1] * 4
+
+
+def test_kernels_that_nothing_can_be_kept_of_are_compiled_nevertheless(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert warm(lambda: 3.0, tmp_path / "file" / "folder") == 3.0
