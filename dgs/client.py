@@ -53,8 +53,8 @@ class Joined:
     """Frames of the records to start from; None where earlier sessions go on."""
     gave_model: bool
     """Whether this worker gave the servers their model."""
-    unchanged: bool
-    """Whether no server has applied anything of this worker since the exchange to resume."""
+    unchanged: list[bool]
+    """Whether a shard has applied nothing of this worker since the exchange to resume."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,7 +158,7 @@ class Client:
         give_model: Callable[[], FloatArray],
         resume: Sequence[Resume] | None = None,
         *,
-        restore: bool = False,
+        restore: Sequence[bool] = (),
     ) -> Joined:
         """Open a session with every shard, as a new incarnation of this worker.
 
@@ -167,7 +167,8 @@ class Client:
                 none and ask this worker for it.
             resume: earlier sessions to go on with, one per shard; if any server cannot, all
                 sessions are opened anew.
-            restore: offer the model also to servers that have one, but have trained nothing.
+            restore: whether to offer the model also to a server that has one, but has trained
+                nothing; one per shard.
 
         Raises:
             ServerUnavailableError: a server was not reached within the connect budget.
@@ -180,7 +181,8 @@ class Client:
         for shard in range(len(self._transports)):
             first = replies[0].initialiser if replies else self.name
             request = self._join_request(shard, may_initialise=first == self.name)
-            request.restore = restore and request.may_initialise
+            if any(restore[shard : shard + 1]) and len(self._views) == 1:
+                request.restore = request.may_initialise = True
             if resume is not None:
                 request.resume_incarnation = resume[shard].incarnation
                 request.resume_seq = resume[shard].seq
@@ -192,9 +194,10 @@ class Client:
                 reply = self._join_shard(shard, request)
             replies.append(reply)
         resumed = [r.outcome == pb.JoinReply.RESUMED for r in replies]
-        unchanged = all(r.unchanged for r in replies)
+        unchanged = [r.unchanged for r in replies]
         if any(resumed) and not all(resumed):
-            return replace(self.join(give_model), unchanged=unchanged)
+            again = self.join(give_model)
+            return replace(again, unchanged=unchanged, gave_model=gave or again.gave_model)
         self._tickets = [
             Ticket(
                 run=r.run,

@@ -278,7 +278,8 @@ class Exchanger:
             return False
         saved = state["worker_state"]
         self.stats.steps, self.stats.exchanges = state["steps"], state["exchanges"]
-        is_new = saved["runs"] != [t.run for t in self._worker.dialog.tickets]
+        tickets = self._worker.dialog.tickets
+        is_new = [run != t.run for run, t in zip(saved["runs"], tickets, strict=True)]
         joined = self._client.join(
             lambda: self._worker.saved_model(saved), _sessions_of(saved), restore=is_new
         )
@@ -287,18 +288,24 @@ class Exchanger:
         if joined.models is None:
             self._go_on(state, joined)
             return True
-        kept = is_new or joined.unchanged
-        if not kept:  # some of it was applied since, nobody knows which: never apply twice
-            self._worker.forget_velocity()
+        ahead = [
+            shard
+            for shard, known in enumerate(zip(is_new, joined.unchanged, strict=True))
+            if not any(known)
+        ]  # these have applied some of it since, nobody knows which: never apply twice
+        self._worker.forget_velocity(ahead)
         self._begin(joined)
         self.stats.rejoins += 1
         logger.warning(
-            "worker %s could not go on with its saved session: %s. It starts from %s and %s its "
-            "saved velocity",
+            "worker %s could not go on with its saved session: of %d server(s), %d are new and %d "
+            "have answered it since, or dropped it. It starts from the servers' model%s, and "
+            "keeps its saved velocity%s",
             self.name,
-            "the servers are new" if is_new else "a server has answered it since, or dropped it",
-            "its saved model, which it gave them" if joined.gave_model else "the servers' model",
-            "keeps" if kept else "drops",
+            len(is_new),
+            sum(is_new),
+            len(ahead),
+            ", having given them its saved one" if joined.gave_model else "",
+            ", except where it may have been applied since" if ahead else "",
         )
         return False
 

@@ -8,7 +8,7 @@ back with its own saved state can then go on exactly where it stopped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -36,6 +36,9 @@ FIRST_FRAME_BYTES = 64 << 20
 """Longest frame that is read before the model is known: enough to tell a worker of an earlier run
 what became of its server."""
 
+MOST_NAMES = 16
+"""Incarnations that are remembered of a session; each can resume it until it exchanges."""
+
 DEPARTED = 4096
 """Sessions that are remembered after they left, the latest; some hundred bytes each."""
 
@@ -59,16 +62,29 @@ class Session:
     """Whether an earlier incarnation began it."""
     unchanged: bool = False
     """Whether nothing was applied between the exchange that its worker saved and its opening."""
-    resumed_from: int = 0
-    """That incarnation, until the next exchange: its saved state may be resumed again."""
+    claimed: bool = False
+    """Whether its worker loaded a saved state into it: worth keeping before it has exchanged."""
+    names: tuple[int, ...] = ()
+    """Incarnations that had this very session since its last exchange: each may resume it."""
+    points: dict[int, int] = field(default_factory=dict)
+    """Incarnations, and their sequence numbers, since which nothing of the worker was applied."""
     exchanges: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
     staleness: Histogram = field(default_factory=Histogram)
 
     @classmethod
-    def opened(cls, joining: Joining, model: FloatArray, version: int, unchanged: bool) -> Self:
-        """Open a session whose record equals the model."""
+    def opened(
+        cls, joining: Joining, model: FloatArray, version: int, points: Mapping[int, int]
+    ) -> Self:
+        """Open a session whose record equals the model.
+
+        Args:
+            joining: who joins, and how replies are to be made.
+            model: the shard's.
+            version: the model's.
+            points: what nothing was applied since, the saved state to resume among it; or empty.
+        """
         record = Record(
             joining.part,
             model,
@@ -84,17 +100,21 @@ class Session:
             joining.part,
             record,
             version,
-            unchanged=unchanged,
+            unchanged=bool(points),
+            claimed=joining.resume > 0,
+            names=(joining.incarnation,),
+            points={**points, joining.incarnation: 0},
         )
 
     def is_at(self, joining: Joining) -> bool:
         """Tell whether this is the session to resume, at the exchange where its worker saved it."""
-        known_as = (self.incarnation, self.resumed_from)
-        return joining.resume > 0 and joining.resume in known_as and self.seq in joining.resume_seqs
+        return joining.resume in self.names and self.seq in joining.resume_seqs
 
     def resume(self, joining: Joining) -> None:
         """Go on under a newer incarnation, with the settings that it joins with."""
-        self.resumed_from, self.incarnation = joining.resume, joining.incarnation
+        self.incarnation = joining.incarnation
+        self.names = (*self.names, self.incarnation)[-MOST_NAMES:]
+        self.points = _merged(self.points, {self.incarnation: self.seq})
         self.resumed = self.unchanged = True
         self.record.configure(
             density=joining.download_density,
@@ -105,7 +125,8 @@ class Session:
 
     def record_exchange(self, seq: int, staleness: int, bytes_up: int, reply: bytes) -> None:
         """Note an applied exchange and keep its reply."""
-        self.seq, self.reply, self.resumed_from = seq, reply, 0
+        self.seq, self.reply = seq, reply
+        self.names, self.points = (self.incarnation,), {self.incarnation: seq}
         self.exchanges += 1
         self.bytes_up += bytes_up
         self.bytes_down += len(reply)
@@ -124,6 +145,20 @@ class Session:
             bytes_down=self.bytes_down,
             behind=version - self.version,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Departed:
+    """What is remembered of a session that left: its incarnation, and see `Session.points`."""
+
+    incarnation: int
+    points: dict[int, int]
+
+
+def _merged(older: Mapping[int, int], newer: Mapping[int, int]) -> dict[int, int]:
+    """Join two sets of points; the oldest give way."""
+    both = {**older, **newer}
+    return {i: both[i] for i in list(both)[-MOST_NAMES:]}
 
 
 @dataclass(slots=True)
@@ -152,7 +187,7 @@ class Registry:
         self._workers: dict[str, Worker] = {}
         self._by_number: dict[int, Worker] = {}
         self._numbered = 0
-        self._departed: dict[tuple[str, int], tuple[int, int]] = {}
+        self._departed: dict[tuple[str, int], _Departed] = {}
         self._asked = ""  # the worker that was asked for the model, until it gives it
         self._asked_to_restore = False
         self.space: ParameterSpace | None = None
@@ -219,7 +254,8 @@ class Registry:
                 f"{worker.incarnation}, this one is {joining.incarnation}); give each worker its "
                 "own name, or check the clock of this machine"
             )
-        left, _ = self._departed.get((joining.worker, joining.member), (0, 0))
+        departed = self._departed.get((joining.worker, joining.member))
+        left = departed.incarnation if departed else 0
         if joining.incarnation <= left:
             raise FencedError(
                 f"worker {joining.worker!r} has left since this request was made (incarnation "
@@ -300,15 +336,15 @@ class Registry:
             saved.resume(joining)
             worker.live[joining.member] = saved
             return True, True
-        unchanged = saved is not None or self._left_at(joining, earlier)
-        worker.live[joining.member] = Session.opened(joining, model, version, unchanged)
-        return False, unchanged
+        points = self._points(joining, earlier)
+        worker.live[joining.member] = Session.opened(joining, model, version, points)
+        return False, bool(points)
 
-    def _left_at(self, joining: Joining, since: Session | None) -> bool:
-        """Tell whether the session to resume left at that exchange, and none exchanged since."""
-        left, seq = self._departed.get((joining.worker, joining.member), (0, 0))
-        nothing_since = since is None or since.seq == 0
-        return nothing_since and 0 < left == joining.resume and seq in joining.resume_seqs
+    def _points(self, joining: Joining, earlier: Session | None) -> dict[int, int]:
+        """Return what nothing was applied since, if the saved state to resume is among it."""
+        departed = self._departed.get((joining.worker, joining.member))
+        known = _merged(departed.points if departed else {}, earlier.points if earlier else {})
+        return known if known.get(joining.resume, -1) in joining.resume_seqs else {}
 
     def _enrol(self, joining: Joining) -> Worker:
         """Find or number the worker; a newer incarnation retires its sessions."""
@@ -327,7 +363,7 @@ class Registry:
             kept = {
                 member: session
                 for member, session in worker.live.items()
-                if session.seq > 0 or member not in worker.retired
+                if session.seq > 0 or session.claimed or member not in worker.retired
             }
             worker.retired = {**worker.retired, **kept}
             worker.live = {}
@@ -369,12 +405,14 @@ class Registry:
     def discard(self, session: Session) -> None:
         """Forget a session whose last request broke off half done; its worker must join again."""
         worker = self._workers[session.worker]
+        self.settle(session)
         if worker.live.get(session.member) is session:
             del worker.live[session.member]
 
     def settle(self, session: Session) -> None:
-        """Drop what this session replaced: it has exchanged, so nothing else will be resumed."""
+        """Drop what came before this session: it has exchanged, so nothing else will be resumed."""
         self._workers[session.worker].retired.pop(session.member, None)
+        self._departed.pop((session.worker, session.member), None)
 
     def close(self, number: int, member: int, incarnation: int) -> None:
         """Free a session's record; one that is gone already is no error.
@@ -388,10 +426,12 @@ class Registry:
         if incarnation < worker.incarnation:
             raise FencedError(f"a newer process has joined as worker {worker.name!r}")
         session = worker.live.pop(member, None)
-        worker.retired.pop(member, None)
+        earlier = worker.retired.pop(member, None)
         if session is not None:
-            self._departed.pop((worker.name, member), None)  # the newest stands last
-            self._departed[worker.name, member] = (session.incarnation, session.seq)
+            before = self._departed.pop((worker.name, member), None)  # the newest stands last
+            points = _merged(before.points if before else {}, earlier.points if earlier else {})
+            points = _merged(points, session.points)
+            self._departed[worker.name, member] = _Departed(session.incarnation, points)
             if len(self._departed) > DEPARTED:
                 del self._departed[next(iter(self._departed))]
         if not worker.live and not worker.retired:

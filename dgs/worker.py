@@ -7,7 +7,7 @@ interrupted run needs to go on bit for bit is in here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -251,10 +251,11 @@ class Worker:
         for name, tensor in self._rule.state().items():
             tensor.copy_(state[f"rule.{name}"])
 
-    def forget_velocity(self) -> None:
-        """Drop what waits."""
-        for tensor in self._rule.state().values():
-            tensor.zero_()
+    def forget_velocity(self, shards: Iterable[int]) -> None:
+        """Drop what waits for some shards."""
+        for shard in shards:
+            for tensor in self._rule.state().values():
+                tensor[self.parts[shard].local] = 0.0
 
     def drop_non_finite(self) -> None:
         """Set what waits to 0 where it is NaN or infinite."""
