@@ -35,7 +35,7 @@ def capacity(tokens: int, top_k: int, experts: int, factor: float) -> int:
         >>> capacity(16, 2, 8, 0.5), capacity(16, 2, 8, 0.6), capacity(10, 1, 1, 1.1)
         (2, 3, 10)
     """
-    return min(tokens, math.ceil(Fraction(repr(factor)) * tokens * top_k / experts))
+    return min(tokens, math.ceil(Fraction(repr(float(factor))) * tokens * top_k / experts))
 
 
 def keep(experts_TK: Tensor, weights_TK: Tensor, num_experts: int, limit: int, by: By) -> Tensor:

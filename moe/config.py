@@ -56,6 +56,12 @@ def _require_number(name: str, value: float, *, above: float | None = None) -> N
         _require(ok and value > above, name, value, f"give a finite number above {above:g}")
 
 
+def _as_floats(settings: object, *names: str) -> None:
+    """Replace numbers by plain floats, so that equal settings also look the same."""
+    for name in names:
+        object.__setattr__(settings, name, float(getattr(settings, name)))
+
+
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
     """How a token's experts are chosen and weighted.
@@ -111,8 +117,15 @@ class RouterConfig:
         _require_number("scale", self.scale, above=0)
         _require_number("jitter", self.jitter)
         _require(self.jitter < 1, "jitter", self.jitter, "give a half width in [0, 1)")
+        _as_floats(self, "scale", "jitter")
         self._check_weights()
         if self.groups is not None:
+            _require(
+                isinstance(self.groups, tuple) and len(self.groups) == 2,
+                "groups",
+                self.groups,
+                "give a pair (count, kept), or None for no groups",
+            )
             self._check_groups(*self.groups)
 
     def _check_weights(self) -> None:
@@ -171,11 +184,13 @@ class CapacityConfig:
     first served."""
 
     pad: bool = False
-    """Whether every expert gets exactly its capacity, filled up with zero rows (static shapes)."""
+    """Whether every expert gets exactly its capacity, filled up with zero rows (static shapes).
+    With full-sequence dropping: the smaller of the capacity and the rank's own tokens."""
 
     def __post_init__(self) -> None:
         """Check every field."""
         _require_number("factor", self.factor, above=0)
+        _as_floats(self, "factor")
         _require_choice("scope", self.scope, DropScope)
         _require_choice("by", self.by, By)
 
@@ -247,6 +262,7 @@ class LossConfig:
         _require_number("balance", self.balance)
         _require_choice("scope", self.scope, LossScope)
         _require_number("z", self.z)
+        _as_floats(self, "balance", "z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,3 +288,16 @@ class MoeConfig:
 
     capacity: CapacityConfig | None = None
     """When tokens are dropped; None: never."""
+
+    def __post_init__(self) -> None:
+        """Check that every part is of its kind."""
+        kinds = {"router": RouterConfig, "experts": ExpertConfig, "losses": LossConfig}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            _require(isinstance(value, kind), name, value, f"give a {kind.__name__}")
+        _require(
+            self.capacity is None or isinstance(self.capacity, CapacityConfig),
+            "capacity",
+            self.capacity,
+            "give a CapacityConfig, or None for no dropping",
+        )

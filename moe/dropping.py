@@ -36,7 +36,9 @@ def drop(
         sequences: B.
 
     Returns:
-        The routing, and how many rows per expert this rank can have at most.
+        The routing, and how many rows per expert this rank can have at most: the capacity, or with
+        full-sequence dropping the smaller of the capacity and this rank's tokens. This is what
+        `CapacityConfig.pad` fills up to.
 
     Example:
         >>> from moe.config import RouterConfig

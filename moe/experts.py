@@ -27,6 +27,7 @@ __all__ = [
     "SharedExpert",
     "activate",
     "can_group",
+    "compute_type",
     "grouped_linear",
     "loop_linear",
     "shard_experts",
@@ -84,6 +85,30 @@ def can_group(x_ND: Tensor, *weights: Tensor) -> bool:
         and all(width * x_ND.element_size() % ALIGNMENT_BYTES == 0 for width in widths)
         and all(t.data_ptr() % ALIGNMENT_BYTES == 0 for t in tensors)
     )
+
+
+def compute_type(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """Return the type to which autocast casts rows and weights; None: they stay as they are.
+
+    It depends on types and on autocast's state alone, never on how many rows there are or which
+    kernel takes them, so that ranks that exchange rows agree on it. As everywhere in torch,
+    autocast leaves float64 alone.
+
+    Args:
+        x: rows.
+        weight: what they are multiplied with.
+
+    Example:
+        >>> x = torch.ones(2, 3)
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+        ...     compute_type(x, x), compute_type(x.double(), x.double())
+        (torch.bfloat16, None)
+    """
+    kind = x.device.type
+    exact = torch.float64 in (x.dtype, weight.dtype)
+    if exact or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def activate(h_NG: Tensor, kind: Activation, weights_N: Tensor | None = None) -> Tensor:
@@ -151,11 +176,13 @@ def shard_experts(
 
 def _inner_width(config: ExpertConfig, etp_size: int) -> int:
     if etp_size < 1 or config.intermediate % etp_size:
-        legal = [n for n in range(1, config.intermediate + 1) if config.intermediate % n == 0]
-        nearest = min(legal, key=lambda n: abs(n - etp_size))
+        # which other etp fits depends on the whole mapping, but any mapping takes another width
+        below = config.intermediate // etp_size * etp_size if etp_size > 0 else 0
+        near = [width for width in (below, below + etp_size) if width > 0]
+        remedy = f"the nearest widths that do are {' or '.join(map(str, near))}"
         raise LayoutError(
             f"the experts' inner width of {config.intermediate} does not divide over "
-            f"etp={etp_size} ranks; the nearest that does is etp={nearest}"
+            f"etp={etp_size} ranks; {remedy if near else 'give at least one rank'}"
         )
     return config.intermediate // etp_size
 
@@ -211,13 +238,18 @@ class Experts(nn.Module):
             weights_N: factor of each row, in any float type; None: one.
 
         Returns:
-            y_ND, a part of a sum over the ranks that share the experts.
+            y_ND, a part of a sum over the ranks that share the experts; in the type of the rows,
+            or in `compute_type` under autocast.
 
         Raises:
             RoutingError: the counts are not those of the rows.
         """
-        if can_group(x_ND, self.w_in_LDG, self.w_out_LFD):
-            return self._grouped(x_ND, self._ends(x_ND, counts_L), weights_N)
+        x_ND, w_in_LDG, w_out_LFD = self._cast(x_ND)
+        if can_group(x_ND, w_in_LDG, w_out_LFD):
+            ends_L = self._ends(x_ND, counts_L)
+            h_NG = grouped_linear(x_ND, w_in_LDG, ends_L)
+            a_NF = activate(h_NG, self.config.activation, weights_N)
+            return grouped_linear(a_NF, w_out_LFD, ends_L)
         return self.loop(x_ND, counts_L, weights_N)
 
     def loop(
@@ -226,16 +258,16 @@ class Experts(nn.Module):
         """Run the definition: a plain loop over the experts, for any type and any shape."""
         counts = counts_L.tolist() if isinstance(counts_L, Tensor) else list(counts_L)
         self._check(x_ND, counts)
-        h_NG = loop_linear(x_ND, self.w_in_LDG, counts)
-        return loop_linear(
-            activate(h_NG, self.config.activation, weights_N), self.w_out_LFD, counts
-        )
+        x_ND, w_in_LDG, w_out_LFD = self._cast(x_ND)
+        h_NG = loop_linear(x_ND, w_in_LDG, counts)
+        return loop_linear(activate(h_NG, self.config.activation, weights_N), w_out_LFD, counts)
 
-    def _grouped(self, x_ND: Tensor, ends_L: Tensor, weights_N: Tensor | None) -> Tensor:
-        h_NG = grouped_linear(x_ND, self.w_in_LDG, ends_L)
-        return grouped_linear(
-            activate(h_NG, self.config.activation, weights_N), self.w_out_LFD, ends_L
-        )
+    def _cast(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rows and weights in the type that they are multiplied in."""
+        dtype = compute_type(x_ND, self.w_in_LDG)
+        if dtype is None:
+            return x_ND, self.w_in_LDG, self.w_out_LFD
+        return x_ND.to(dtype), self.w_in_LDG.to(dtype), self.w_out_LFD.to(dtype)
 
     def _ends(self, x_ND: Tensor, counts_L: Tensor | Sequence[int]) -> Tensor:
         if isinstance(counts_L, Tensor) and counts_L.device.type != "cpu":

@@ -7,6 +7,7 @@ no trace in the layer, so it may be repeated (activation checkpointing) or inter
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -18,11 +19,11 @@ from torch.utils import checkpoint
 from moe.config import ConfigError, MoeConfig
 from moe.dispatch import Dispatched, Dispatcher, Kind, Plan, make_dispatcher
 from moe.dropping import drop
-from moe.errors import RoutingError
-from moe.experts import Experts, SharedExpert
+from moe.errors import LayoutError, RoutingError
+from moe.experts import Experts, SharedExpert, compute_type
 from moe.initial import draw_experts, draw_replicated
 from moe.losses import RunningLoad, router_losses
-from moe.parallel.agreement import together
+from moe.parallel.agreement import Fact, together
 from moe.parallel.collectives import all_reduce_sum
 from moe.parallel.grads import Family
 from moe.parallel.groups import ProcessGroups, single
@@ -35,6 +36,7 @@ Recompute = Literal["nothing", "experts", "layer"]
 """What is computed again in the backward pass instead of being kept."""
 
 SEEDS = 2**31
+TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,7 @@ class MoeLayer(nn.Module):
         self.dispatcher: Dispatcher[Any] = make_dispatcher(
             groups, num_experts, execution.dispatcher, weights_travel=execution.weights_travel
         )
+        self._digest = _digest(config, execution)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         exact = torch.promote_types(dtype, torch.float32)
         self.router = Router(config.router, hidden, device=device, dtype=exact)
@@ -153,15 +156,20 @@ class MoeLayer(nn.Module):
         Args:
             x: tokens, shape (tokens, hidden) or (sequences, tokens of each, hidden): this rank's
                 piece of every sequence, pieces in the order of the ranks of the group "sequence".
+                In the type of the weights, or, under autocast, in one that all ranks share.
             valid: True for real tokens, False for padding, of x's shape without the last
-                dimension; None: all are real. Padding goes to no routed expert.
+                dimension, bool; None: all are real. Padding goes to no routed expert, and what the
+                shared expert sees, and makes of it, is zero.
 
         Raises:
-            RoutingError: the tokens have a wrong shape, or their logits NaN or Inf in them, on
-                any rank of the stage; on all its ranks, before anything is sent.
+            RoutingError: the tokens have a wrong shape or type, or their logits NaN or Inf in them,
+                on any rank of the stage; or ranks differ in what they have to have in common. On
+                all its ranks, before anything is sent.
+            LayoutError: ranks of the stage built the layer with different settings; likewise.
         """
-        routing = together(lambda: self._route(x, valid), self.groups["stage"], x.device)
-        sequences = len(x) if x.dim() == 3 else 1
+        stage = self.groups["stage"]
+        routing = together(lambda: self._route(x, valid), stage, x.device, self._facts(x))
+        sequences = _sequences(x)
         counts_E = tokens_per_expert(routing)
         losses = self._losses(routing, sequences)
         # where every choice has a row, the device need not be asked how many there are
@@ -222,6 +230,11 @@ class MoeLayer(nn.Module):
                 f"the tokens have shape {tuple(x.shape)}; needed is (tokens, {hidden}) or "
                 f"(sequences, tokens, {hidden})"
             )
+        self._check_type(x)
+        if valid is not None and valid.dtype != torch.bool:
+            raise RoutingError(
+                f"the mask is of {valid.dtype}; give one of torch.bool, True for real tokens"
+            )
         if valid is not None and valid.shape != x.shape[:-1]:
             raise RoutingError(
                 f"the mask has shape {tuple(valid.shape)}; needed is {tuple(x.shape[:-1])}"
@@ -230,6 +243,48 @@ class MoeLayer(nn.Module):
             x.reshape(-1, hidden), None if valid is None else valid.reshape(-1)
         )
         return routing
+
+    def _check_type(self, x: Tensor) -> None:
+        weight = self.experts.w_in_LDG
+        if x.dtype not in TYPES:
+            raise RoutingError(
+                f"the tokens are of {x.dtype}; give one of {', '.join(map(str, TYPES))}"
+            )
+        if x.dtype != weight.dtype and compute_type(x, weight) is None:
+            raise RoutingError(
+                f"the tokens are of {x.dtype}, and the experts' weights of {weight.dtype}; convert "
+                f"one of them, or use torch.autocast (which leaves float64 alone)"
+            )
+
+    def _facts(self, x: Tensor) -> list[Fact]:
+        """Return what the ranks of the stage have to have in common, as collectives rely on it."""
+        losses, capacity, dims = self.config.losses, self.config.capacity, self.groups.dims
+        counted = losses.scope == "sequence" and bool(losses.balance or losses.z)
+        counted |= capacity is not None and capacity.scope == "full-sequence"
+        inside = compute_type(x, self.experts.w_in_LDG) or x.dtype
+        return [
+            Fact(
+                "the layer's settings",
+                self._digest,
+                "build the layer with the same MoeConfig and Execution on every rank",
+                words="digest {:x}".format,
+                kind=LayoutError,
+            ),
+            Fact("the type of the tokens", _code(x.dtype), "convert them", words=_type_of),
+            Fact(
+                "the type that experts compute in",
+                _code(inside),
+                "use torch.autocast alike on every rank",
+                words=_type_of,
+            ),
+            Fact(
+                "the number of sequences",
+                _sequences(x) if counted else 0,
+                "ranks of one group 'sequence' hold pieces, maybe empty, of the same sequences",
+                block=dims.coordinates(self.groups.rank)["dp"],
+                blocks=dims.dp,
+            ),
+        ]
 
     def _losses(self, routing: Routing, sequences: int) -> dict[str, Tensor]:
         everywhere = self.config.losses.scope == "global"
@@ -252,6 +307,9 @@ class MoeLayer(nn.Module):
             kept_TK = None if all_kept else routing.kept_TK[piece]
             order = row_order(routing.experts_TK[piece], kept_TK, self.config.router.num_experts)
             plans.append(self.dispatcher.plan(self._padded(order, limit)))
+        if self.shared is not None and routing.valid_T is not None:
+            # what padding holds, NaN included, must not reach a gradient
+            x_TD = x_TD.masked_fill(~routing.valid_T.unsqueeze(1), 0.0)
         inputs = x_TD, routing.weights_TK, pieces, plans
         if self.execution.recompute == "layer":
             y_TD: Tensor = _recomputed(self._travel, *inputs)
@@ -284,6 +342,25 @@ class MoeLayer(nn.Module):
         again = self.execution.recompute == "experts"
         y_ND: Tensor = _recomputed(self.experts, *inputs) if again else self.experts(*inputs)
         return y_ND
+
+
+def _sequences(x: Tensor) -> int:
+    """Return how many sequences there are; none at all are one without tokens."""
+    return max(1, len(x)) if x.dim() == 3 else 1
+
+
+def _digest(*settings: object) -> int:
+    """Return a number that is the same for the same settings only."""
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")
+
+
+def _code(dtype: torch.dtype) -> int:
+    return TYPES.index(dtype) if dtype in TYPES else -1
+
+
+def _type_of(code: int) -> str:
+    return str(TYPES[code])
 
 
 def _recomputed(function: Any, *inputs: Any) -> Any:

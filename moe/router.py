@@ -193,7 +193,8 @@ def _add(total: Tensor, amount: Tensor, gradient: Tensor) -> None:
 class Router(nn.Module):
     """A linear map from tokens to logits, and the choice made from them.
 
-    Logits are computed in float32 whatever the dtype of the tokens (float64 for float64).
+    Logits are computed in float32 whatever the dtype of the tokens (float64 for float64). The
+    expert bias stays in float32 when the module is cast to half precision.
 
     Args:
         config: how tokens choose.
@@ -256,6 +257,16 @@ class Router(nn.Module):
         if self.counts_E is not None and self.training:
             add_in_backward(routing.weights_TK, self.counts_E, tokens_per_expert(routing))
         return routing
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        bias_E = self.bias_E
+        super()._apply(fn, recurse)
+        # steps of the bias are far below what half precision tells apart
+        if bias_E is not None and self.bias_E is not None:
+            exact = torch.promote_types(self.bias_E.dtype, torch.float32)
+            if self.bias_E.dtype != exact:
+                self.bias_E = bias_E.to(self.bias_E.device)
+        return self
 
     @torch.no_grad()
     def update_bias(self, rate: float, reduce: Callable[[Tensor], Tensor] | None = None) -> None:

@@ -36,7 +36,7 @@ __all__ = [
     "all_to_all_rows",
     "exchange_counts",
     "gather_counts",
-    "most_severe",
+    "largest",
     "reduce_scatter_rows",
     "start_all_to_all_rows",
 ]
@@ -171,13 +171,20 @@ def gather_counts(counts: Tensor, group: Group) -> Tensor:
     return torch.stack(tables)
 
 
-def most_severe(code: int, group: Group, device: torch.device) -> int:
-    """Return the largest of one number from every rank of a group."""
+def largest(numbers: Sequence[int], group: Group, device: torch.device) -> list[int]:
+    """Return, place by place, the largest of the numbers of all ranks of a group.
+
+    Args:
+        numbers: as many on every rank; each fits into int64.
+        group: who takes part.
+        device: where the group's collectives want their tensors.
+    """
     if group.size == 1:
-        return code
-    told = torch.tensor(code, device=device)
+        return list(numbers)
+    told = torch.tensor(numbers, dtype=torch.int64, device=device)
     _run(group, lambda: dist.all_reduce(told, dist.ReduceOp.MAX, group=group.handle))
-    return int(told)
+    found: list[int] = told.tolist()
+    return found
 
 
 class _Flight:

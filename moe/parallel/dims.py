@@ -151,11 +151,14 @@ class ParallelDims:
             8
         """
         if num_experts < 1 or num_experts % self.ep:
-            near = _around(num_experts, self.ep)
-            sizes = [d for d in _divisors(max(num_experts, 1)) if self.stage % (d * self.etp) == 0]
+            near = _around(max(num_experts, 0), self.ep)
+            remedies = [f"{_either(near)} experts"]
+            sizes = _divisors(num_experts) if num_experts > 0 else []
+            legal = _nearest([size for size in sizes if self._works(ep=size)], self.ep)
+            remedies += [f"ep={_either(legal)}"] if legal else []
             raise LayoutError(
                 f"{num_experts} experts cannot be shared out evenly over ep={self.ep}; nearest "
-                f"legal: {_either(near)} experts, or ep={_either(_nearest(sizes, self.ep))}"
+                f"legal: {', or '.join(remedies)}"
             )
         return num_experts // self.ep
 
@@ -200,20 +203,27 @@ class ParallelDims:
         if self.world % prod(sizes) == 0:
             return
         both = lcm(self.tp * self.cp * self.pp, self.etp * self.ep * self.pp)
-        remedies = [f"world={_either(_around(self.world, both))}"]
-        for axis, size in zip(axes, sizes, strict=True):
-            # one more pipeline stage is one more in both views
-            rest = (
-                lcm(self.tp * self.cp, self.etp * self.ep) if axis == "pp" else prod(sizes) // size
-            )
-            if size > 1 and self.world % rest == 0:
-                legal = _nearest(_divisors(self.world // rest), size)
-                remedies.append(f"{axis}={_either(legal)}")
+        candidates = {"world": _around(self.world, both)}
+        candidates |= dict.fromkeys(axes, _divisors(self.world))
+        remedies = []
+        for axis, numbers in candidates.items():
+            legal = [number for number in numbers if self._works(**{axis: number})]
+            if near := _nearest(legal, getattr(self, axis)):
+                remedies.append(f"{axis}={_either(near)}")
+        told = f"nearest legal, all else unchanged: {', or '.join(remedies)}"
         raise LayoutError(
             f"{view}: world={self.world} is not divisible by {'*'.join(axes)} = "
-            f"{'*'.join(map(str, sizes))} = {prod(sizes)}; nearest legal, all else unchanged: "
-            f"{', or '.join(remedies)}"
+            f"{'*'.join(map(str, sizes))} = {prod(sizes)}; "
+            f"{told if remedies else 'no change of one size alone makes it legal'}"
         )
+
+    def _works(self, **changes: int) -> bool:
+        """Return whether the mapping would be legal with other sizes."""
+        axes = ("world", "tp", "cp", "pp", "ep", "etp")
+        world, tp, cp, pp, ep, etp = (changes.get(axis, getattr(self, axis)) for axis in axes)
+        if world % (tp * cp * pp) or world % (etp * ep * pp):
+            return False
+        return self.order != "listing-1" or pp == 1 or tp * cp == etp * ep
 
     def _check_stages(self) -> None:
         """Refuse an order that gives the two views different pipeline stages."""

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,10 @@ class Group:
     index: int = 0
     handle: dist.ProcessGroup | None = field(default=None, repr=False)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        """Return the group itself: a copy of a layer talks to the same ranks."""
+        return self
+
     @property
     def size(self) -> int:
         """Number of ranks."""
@@ -71,12 +76,15 @@ class ProcessGroups:
             known = ", ".join(self.by_name)
             raise LayoutError(f"no group {name!r} was built; there are {known}") from None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProcessGroups:
+        """Return the groups themselves, which `close` gives back once for all copies."""
+        return self
+
     def close(self) -> None:
-        """Give back the communicators; the world's own is left to whoever started it."""
+        """Give back the communicators; torch's default group is left to whoever started it."""
         handles = {id(g.handle): g.handle for g in self.by_name.values() if g.handle is not None}
         for handle in handles.values():
-            if handle is not dist.group.WORLD:
-                dist.destroy_process_group(handle)
+            dist.destroy_process_group(handle)
 
 
 def single(names: Iterable[str] = NAMES) -> ProcessGroups:
@@ -97,7 +105,8 @@ def build_groups(
     Args:
         dims: the mapping; the same on every rank, which is checked.
         names: groups to build, as `ParallelDims.groups` knows them.
-        timeout_s: seconds after which a collective gives up on a rank that does not answer.
+        timeout_s: seconds after which a collective of any of the groups, those of all ranks
+            included, gives up on a rank that does not answer.
 
     Returns:
         This rank's groups.
@@ -123,7 +132,6 @@ def build_groups(
     _check_agreement(dims)
     rank = dist.get_rank()
     handles: dict[tuple[int, ...], dist.ProcessGroup | None] = {(rank,): None}
-    handles[tuple(range(world))] = dist.group.WORLD if world > 1 else None
     by_name = {}
     for name in names:
         ranks = tuple(dims.group_of(name, rank))

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
-from moe.config import CapacityConfig, ConfigError, ExpertConfig, LossConfig, RouterConfig
+from moe.capacity import capacity
+from moe.config import (
+    CapacityConfig,
+    ConfigError,
+    ExpertConfig,
+    LossConfig,
+    MoeConfig,
+    RouterConfig,
+)
 from moe.errors import MoeError, RoutingError
 
 WRONG: list[tuple[type, dict[str, Any], str]] = [
@@ -24,6 +33,15 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
         RouterConfig,
         {"num_experts": 8, "top_k": 2, "score": "topk-softmax", "renormalise": True},
         "already",
+    ),
+    (RouterConfig, {"num_experts": 8, "top_k": 2, "groups": 3}, "groups=3.*a pair"),
+    (RouterConfig, {"num_experts": 8, "top_k": 2, "groups": (4, 2, 1)}, "a pair"),
+    (MoeConfig, {"router": None, "experts": None}, "router=None.*RouterConfig"),
+    (MoeConfig, {"router": RouterConfig(8, 2), "experts": None}, "experts=None.*ExpertConfig"),
+    (
+        MoeConfig,
+        {"router": RouterConfig(8, 2), "experts": ExpertConfig(8, 8), "capacity": 1.0},
+        "capacity=1.0.*CapacityConfig",
     ),
     (CapacityConfig, {"factor": 0.0}, "above 0"),
     (CapacityConfig, {"factor": float("inf")}, "finite"),
@@ -48,6 +66,14 @@ def test_wrong_settings_are_refused_with_the_remedy(
 ) -> None:
     with pytest.raises(ConfigError, match=says):
         kind(**given)
+
+
+def test_a_capacity_factor_from_numpy_means_its_decimal_digits() -> None:
+    config = CapacityConfig(np.float64(1.1))
+    assert config == CapacityConfig(1.1)
+    assert repr(config) == repr(CapacityConfig(1.1))
+    assert capacity(10, 2, 2, np.float64(1.1)) == 10
+    assert capacity(10, 1, 2, config.factor) == 6
 
 
 def test_more_choices_than_experts_are_refused() -> None:

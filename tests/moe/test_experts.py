@@ -196,7 +196,7 @@ def test_a_slice_of_gate_and_up_is_gate_first_and_up_second() -> None:
 
 
 def test_an_inner_width_that_does_not_divide_is_refused_with_the_nearest() -> None:
-    with pytest.raises(LayoutError, match=r"width of 12 does not divide over etp=5.*etp=4"):
+    with pytest.raises(LayoutError, match=r"width of 12 does not divide over etp=5.* 10 or 15"):
         Experts(ExpertConfig(8, 12), 2, etp_size=5)
     with pytest.raises(LayoutError, match="etp_index=2"):
         Experts(ExpertConfig(8, 12), 2, etp_size=2, etp_index=2)
@@ -259,3 +259,20 @@ def test_grouped_equals_loop_on_a_gpu(counts: list[int]) -> None:
         strict=True,
     ):
         torch.testing.assert_close(found, wanted, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+@pytest.mark.parametrize("width", [16, 6])
+def test_autocast_decides_on_the_type_whatever_kernel_runs(rows: int, width: int) -> None:
+    experts = Experts(ExpertConfig(width, 16), 2)
+    x = torch.randn(rows, width, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, looped = experts(x, [rows, 0]), experts.loop(x, [rows, 0])
+    assert y.dtype is looped.dtype is torch.bfloat16
+    torch.testing.assert_close(y, looped)
+    y.sum().backward()
+    assert x.grad.dtype is experts.w_in_LDG.grad.dtype is torch.float32
+    assert experts(x, [rows, 0]).dtype is torch.float32
+    exact = experts.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert exact(x.double(), [rows, 0]).dtype is torch.float64

@@ -285,3 +285,15 @@ def test_the_bias_brings_an_uneven_load_to_even() -> None:
 def test_a_router_without_a_bias_cannot_move_it() -> None:
     with pytest.raises(RoutingError, match=r"RouterConfig\.expert_bias"):
         Router(RouterConfig(4, 2), 8).update_bias(0.1)
+
+
+def test_the_expert_bias_stays_exact_when_the_module_is_cast() -> None:
+    router = Router(RouterConfig(4, 2, score="sigmoid", expert_bias=True), 8)
+    assert router.bias_E is not None
+    router.bias_E.copy_(torch.tensor([1.0, 1.001, 1.002, 1.003]))
+    before = router.bias_E.clone()
+    router.bfloat16()
+    assert router.weight_ED.dtype is torch.bfloat16
+    torch.testing.assert_close(router.bias_E, before, rtol=0, atol=0)
+    assert "bias_E" in router.state_dict()
+    assert router.double().bias_E.dtype is torch.float64

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from moe.errors import CollectiveError, LayoutError, MoeError, RoutingError
-from moe.parallel.agreement import together
+from moe.parallel.agreement import Fact, together
 from moe.parallel.collectives import all_reduce_sum
 from moe.parallel.dims import ParallelDims
 from moe.parallel.groups import Group, build_groups
@@ -56,6 +56,31 @@ def test_a_failure_anywhere_is_raised_everywhere_in_the_same_words(
     for rank, told in enumerate(world4.run(_attempt, failures)):
         cause = type(failures[rank]).__name__ if rank in failures else "NoneType"
         assert told == (kind, words, cause)
+
+
+def _compare(values: list[int], blocks: int) -> str:
+    groups = build_groups(ParallelDims(4))
+    group = groups["world"]
+    facts = [
+        Fact("the colour", 7, "paint it"),
+        Fact("the size", values[group.index], "cut it", group.index // (4 // blocks), blocks),
+    ]
+    try:
+        told = str(together(lambda: "agreed", group, CPU, facts))
+    except RoutingError as error:
+        told = str(error)
+    assert int(all_reduce_sum(torch.tensor(1), group)) == 4
+    groups.close()
+    return told
+
+
+@pytest.mark.dist
+def test_ranks_of_a_part_that_differ_in_a_fact_are_told_which_on_every_rank(world4: World) -> None:
+    assert set(world4.run(_compare, [5, 5, -6, -6], 2)) == {"agreed"}
+    said = "the ranks differ in the size: -6 on rank 2 and 0 on rank 3; cut it"
+    assert set(world4.run(_compare, [5, 5, -6, 0], 2)) == {said}
+    said = "the ranks differ in the size: 5 on rank 0 and -6 on rank 2; cut it"
+    assert set(world4.run(_compare, [5, 5, -6, -6], 1)) == {said}
 
 
 def test_one_rank_raises_its_own_error() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from math import prod
@@ -193,11 +194,31 @@ def test_a_size_that_a_refusal_names_is_legal(
     try:
         ParallelDims(**sizes)
     except LayoutError as refusal:
-        remedy = str(refusal).partition("unchanged: ")[2].partition(",")[0]
-        axis, _, numbers = remedy.partition("=")
-        assert axis == "world"
-        for number in numbers.split(" or "):
-            ParallelDims(**{**sizes, "world": int(number)})
+        remedies = str(refusal).partition("unchanged: ")[2].split(", or ")
+        assert remedies[0].startswith("world=")
+        for remedy in remedies:
+            axis, _, numbers = remedy.partition("=")
+            for number in numbers.split(" or "):
+                ParallelDims(**{**sizes, axis: int(number)})
+
+
+def test_where_no_size_alone_is_a_remedy_the_refusal_says_so() -> None:
+    with pytest.raises(LayoutError, match="no change of one size alone makes it legal"):
+        ParallelDims(8, tp=8, pp=2, ep=2, etp=3, order="listing-1")
+
+
+@given(st.integers(-9, 70), st.sampled_from(list(legal_mappings(8))))
+def test_numbers_of_experts_and_ranks_that_a_refusal_names_are_legal(
+    num_experts: int, dims: ParallelDims
+) -> None:
+    try:
+        dims.local_experts(num_experts)
+    except LayoutError as refusal:
+        experts, _, ep = str(refusal).partition("nearest legal: ")[2].partition(", or ep=")
+        for number in experts.removesuffix(" experts").split(" or "):
+            assert dims.local_experts(int(number)) >= 1
+        for number in ep.split(" or ") if ep else []:
+            assert replace(dims, ep=int(number)).local_experts(num_experts) >= 1
 
 
 def test_experts_that_cannot_be_shared_out_are_refused() -> None:
@@ -205,8 +226,9 @@ def test_experts_that_cannot_be_shared_out_are_refused() -> None:
     assert dims.local_experts(64) == 8
     with pytest.raises(LayoutError, match=r"63 experts .* ep=8; nearest legal: 56 or 64 experts"):
         dims.local_experts(63)
-    with pytest.raises(LayoutError, match="nearest legal: 8 experts"):
-        dims.local_experts(0)
+    for number in (0, -3):
+        with pytest.raises(LayoutError, match=r"nearest legal: 8 experts$"):
+            dims.local_experts(number)
 
 
 @pytest.mark.parametrize("name", ["", "tp_ep", "tp_tp", "dq", "edp_dp"])

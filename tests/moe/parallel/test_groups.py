@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,7 +12,7 @@ from moe.errors import CollectiveError, LayoutError
 from moe.parallel.collectives import all_reduce_sum
 from moe.parallel.dims import ParallelDims
 from moe.parallel.groups import NAMES, Group, build_groups, single
-from tests.helpers.worlds import World
+from tests.helpers.worlds import PATIENCE_S, World
 
 MAPPINGS = (
     ParallelDims(4, tp=2, ep=4),
@@ -36,9 +38,26 @@ def _same_ranks_share_a_handle() -> None:
     groups = build_groups(ParallelDims(4, tp=2, cp=2, etp=2, ep=2))
     assert groups["tp"].handle is groups["etp"].handle
     assert groups["cp"].handle is groups["ep"].handle
-    assert groups["world"].handle is groups["ep_etp"].handle is dist.group.WORLD
+    assert groups["world"].handle is groups["ep_etp"].handle
+    assert groups["world"].handle is not dist.group.WORLD, "it has a timeout of its own"
     groups.close()
-    assert int(all_reduce_sum(torch.tensor(1), groups["world"])) == 4, "that of the world is left"
+    left = torch.tensor(1)
+    dist.all_reduce(left)
+    assert int(left) == 4, "torch's default group is left"
+
+
+def _nobody_answers_in_the_whole_world() -> str:
+    groups = build_groups(ParallelDims(2), timeout_s=0.5)
+    told = ""
+    try:
+        if groups.rank == 0:
+            all_reduce_sum(torch.zeros(1), groups["world"])
+    except CollectiveError as error:
+        told = str(error)
+    # rank 1 is there all the time, but says nothing until rank 0 has given up
+    dist.barrier()
+    groups.close()
+    return told
 
 
 def _another_size_is_refused() -> str:
@@ -61,6 +80,15 @@ def test_every_group_of_every_name_adds_up(world4: World) -> None:
 @pytest.mark.dist
 def test_names_with_the_same_ranks_share_one_communicator(world4: World) -> None:
     world4.run(_same_ranks_share_a_handle)
+
+
+@pytest.mark.dist
+def test_the_timeout_holds_for_groups_of_all_ranks(world2: World) -> None:
+    started = time.monotonic()
+    told = world2.run(_nobody_answers_in_the_whole_world)
+    assert "among ranks [0, 1] failed on rank 0" in told[0]
+    assert told[1] == ""
+    assert time.monotonic() - started < PATIENCE_S / 2
 
 
 @pytest.mark.dist
