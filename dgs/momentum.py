@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dgs.config import Rule
 from dgs.errors import ConfigError
+from dgs.kernels import kernels
 
 __all__ = [
     "DGC",
@@ -130,6 +131,10 @@ class SAMomentum:
 
     def settle(self, indices: Tensor, update: Tensor) -> None:
         """Decay what was sent, keep what was rounded away; see `MomentumRule`."""
+        if self._velocity.device.type == "cpu":
+            settle = kernels(self._velocity.numel()).settle
+            settle(self._velocity.numpy(), indices.numpy(), update.numpy(), self._momentum)
+            return
         rest = self._velocity[indices] - update
         self._velocity[indices] = update * self._momentum + rest
 
