@@ -123,7 +123,6 @@ class Exchanger:
 
     def _send(self, rounds: Rounds) -> None:
         """Make the update of a round and put it on its way."""
-        self._worker.dialog.check_idle()
         outgoing = self._client.begin_exchange(at_once=self._start is not None)
         try:
             self._worker.collect(rounds, outgoing.send)

@@ -15,32 +15,20 @@ from torch.optim import Optimizer
 
 import dgs
 from dgs.errors import ConfigError, ModelMismatchError, NonFiniteError
-from dgs.transport.base import Method, Traffic
 from dgs.transport.local import LocalTransport
 from tests.helpers.training import Batches, flat, make_model, sgd, train_step, wrap
 
 
-class Watched:
+class Watched(LocalTransport):
     """A server's transport that remembers whether it was closed."""
 
     def __init__(self, server: dgs.ParameterServer) -> None:
-        self._inner = LocalTransport(server)
+        super().__init__(server)
         self.closed = False
-
-    @property
-    def address(self) -> str:
-        return self._inner.address
-
-    @property
-    def traffic(self) -> Traffic:
-        return self._inner.traffic
-
-    def call(self, method: Method, request: bytes, *, timeout_s: float) -> bytes:
-        return self._inner.call(method, request, timeout_s=timeout_s)
 
     def close(self) -> None:
         self.closed = True
-        self._inner.close()
+        super().close()
 
 
 @pytest.mark.parametrize("num_shards", [1, 2])

@@ -15,7 +15,7 @@ from torch import nn
 import dgs
 from dgs.config import RetryConfig, ServerConfig
 from dgs.errors import FencedError, NonFiniteError, NotReadyError, ServerUnavailableError
-from dgs.transport.base import Method, Traffic
+from dgs.transport.base import Method
 from dgs.transport.connect import Servers
 from dgs.transport.local import LocalTransport
 from tests.helpers.sites import make_servers, overwrite, sessions
@@ -284,29 +284,18 @@ def test_workers_that_have_gone_silent_do_not_weigh_in_the_average_of_buffers() 
         o.close()
 
 
-class Cut:
+class Cut(LocalTransport):
     """One shard's transport; the next exchange after `cut` is set does not arrive."""
 
     def __init__(self, server: dgs.ParameterServer) -> None:
-        self._inner = LocalTransport(server)
+        super().__init__(server)
         self.cut = False
-
-    @property
-    def address(self) -> str:
-        return self._inner.address
-
-    @property
-    def traffic(self) -> Traffic:
-        return self._inner.traffic
 
     def call(self, method: Method, request: bytes, *, timeout_s: float) -> bytes:
         if self.cut and method == Method.EXCHANGE:
             self.cut = False
             raise ServerUnavailableError("cut")
-        return self._inner.call(method, request, timeout_s=timeout_s)
-
-    def close(self) -> None:
-        self._inner.close()
+        return super().call(method, request, timeout_s=timeout_s)
 
 
 def test_a_shards_refusal_drops_nothing_of_what_another_shard_has_not_received() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import dgs
 from dgs.errors import ConfigError, ServerUnavailableError
-from dgs.transport.base import Method, Traffic
+from dgs.transport.base import Method
 from dgs.transport.local import LocalTransport
 from tests.helpers.training import (
     Batches,
@@ -128,31 +128,20 @@ def test_a_worker_without_a_name_takes_its_saved_one() -> None:
     again.close()
 
 
-class Flaky:
+class Flaky(LocalTransport):
     """A server's transport that can be cut, before or after the request arrives."""
 
     def __init__(self, server: dgs.ParameterServer) -> None:
-        self._inner = LocalTransport(server)
+        super().__init__(server)
         self.lose: str | None = None
-
-    @property
-    def address(self) -> str:
-        return self._inner.address
-
-    @property
-    def traffic(self) -> Traffic:
-        return self._inner.traffic
 
     def call(self, method: Method, request: bytes, *, timeout_s: float) -> bytes:
         if self.lose == "request":
             raise ServerUnavailableError("cut")
-        reply = self._inner.call(method, request, timeout_s=timeout_s)
+        reply = super().call(method, request, timeout_s=timeout_s)
         if self.lose == "reply":
             raise ServerUnavailableError("cut")
         return reply
-
-    def close(self) -> None:
-        self._inner.close()
 
 
 @pytest.mark.parametrize("lost", ["request", "reply"])
