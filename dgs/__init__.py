@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from dgs.config import RetryConfig, ServerConfig, WorkerConfig
+from dgs.config import RetryConfig, ServerConfig, StorageConfig, WorkerConfig
 from dgs.errors import DgsError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = [
     "ParameterServer",
     "RetryConfig",
     "ServerConfig",
+    "StorageConfig",
     "WorkerConfig",
     "serve",
 ]

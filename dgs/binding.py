@@ -139,6 +139,19 @@ class Binding:
             buffer.copy_(torch.from_numpy(values[start:stop]).view(buffer.shape))
             start = stop
 
+    def state(self) -> dict[str, Any]:
+        """Return parameters and buffers as copies, for `load_state`."""
+        return {
+            "local": [self.local(unit).clone() for unit in range(self.num_tensors)],
+            "local_buffers": torch.from_numpy(self.read_buffers().copy()),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Set parameters and buffers to what they were."""
+        for unit, values in enumerate(state["local"]):
+            self.write(unit, values)
+        self.write_buffers(state["local_buffers"].cpu().numpy())
+
     def step(self, closure: Callable[[], Any] | None) -> Any:
         """Run one step of the inner optimizer, on the masters where there are any.
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from dgs.changes import Change
 from dgs.kernels import change_kernels
+from dgs.kernels.changes import NO_BOUND
 from dgs.search import Entries, Search
 from dgs.select import count_wanted
 from dgs.shard import Scratch
@@ -67,6 +68,11 @@ class Candidates:
         self._held: npt.NDArray[np.uint32 | np.int64] = np.empty(0, self._width)
         self._held_values = np.empty(0, np.float32)
         self._rest, self._calm = 0, _CALM
+
+    def forget(self) -> None:
+        """Start anew, with a replica of which nothing is known."""
+        self.clear()
+        self._floors[:] = NO_BOUND
 
     @property
     def nbytes(self) -> int:

@@ -9,11 +9,12 @@ entries.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from dgs.space import FloatArray, Int64Array
 
-__all__ = ["ENTRY_BYTES", "Change", "ChangeLog"]
+__all__ = ["ENTRY_BYTES", "Change", "ChangeLog", "undo"]
 
 ENTRY_BYTES = 16
 """What a changed coordinate takes in the log: itself, and the model before and after."""
@@ -33,8 +34,22 @@ class Change(NamedTuple):
     after: FloatArray
 
 
+def undo(model: FloatArray, changes: Sequence[Change]) -> None:
+    """Take a model back to what it was before some changes, in place.
+
+    Args:
+        model: shape ``(n,)``, as the changes left it.
+        changes: consecutive, the oldest first.
+    """
+    for change in reversed(changes):
+        model[change.indices] = change.before
+
+
 class ChangeLog:
     """The latest changes of a model, one per version.
+
+    Args:
+        start: version of the model now.
 
     Example:
         >>> import numpy as np
@@ -47,11 +62,11 @@ class ChangeLog:
         (False, True)
     """
 
-    def __init__(self) -> None:
-        """Start without changes, at version 0."""
+    def __init__(self, start: int = 0) -> None:
+        """Start without changes."""
         self._changes: deque[Change] = deque()
         self._totals: deque[int] = deque([0])
-        self._start = 0
+        self._start = start
 
     def __len__(self) -> int:
         """Count the coordinates of all changes."""
@@ -95,8 +110,3 @@ class ChangeLog:
             self._changes.popleft()
             self._totals.popleft()
             self._start += 1
-
-    def undo(self, model: FloatArray, version: int) -> None:
-        """Take a copy of the newest model back to a version that the log reaches, in place."""
-        for change in reversed(self.since(version)):
-            model[change.indices] = change.before

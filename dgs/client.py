@@ -23,11 +23,19 @@ from dgs.errors import (
     ConfigError,
     DgsError,
     ForkError,
+    MalformedError,
     ModelMismatchError,
     NotReadyError,
     ServerUnavailableError,
 )
-from dgs.frame import WIRE_VERSION, FrameKind, Header, decode_frame, encode_frame
+from dgs.frame import (
+    MAX_CURSOR_BYTES,
+    WIRE_VERSION,
+    FrameKind,
+    Header,
+    decode_frame,
+    encode_frame,
+)
 from dgs.messages import parse, space_from_message, space_to_message, views_to_message
 from dgs.space import FloatArray, ParameterSpace
 from dgs.transport.base import Method, Transport
@@ -55,6 +63,10 @@ class Joined:
     """Whether this worker gave the servers their model."""
     unchanged: list[bool]
     """Whether a shard has applied nothing of this worker since the exchange to resume."""
+    cursor: bytes
+    """What came with the last update that the furthest shard has applied of this worker."""
+    earlier: int
+    """Updates that shard has applied in earlier sessions of this worker."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,7 +220,15 @@ class Client:
             for r in replies
         ]
         models = None if all(resumed) else self._for_all(self._pull_record)
-        return Joined(tickets=self._tickets, models=models, gave_model=gave, unchanged=unchanged)
+        furthest = max(replies, key=lambda r: r.earlier_exchanges)
+        return Joined(
+            tickets=self._tickets,
+            models=models,
+            gave_model=gave,
+            unchanged=unchanged,
+            cursor=furthest.cursor,
+            earlier=furthest.earlier_exchanges,
+        )
 
     def _join_request(self, shard: int, *, may_initialise: bool) -> pb.JoinRequest:
         view, config = self._views[self._member], self._config
@@ -244,7 +264,13 @@ class Client:
             reply = self._transports[shard].call(
                 Method.JOIN, request.SerializeToString(), timeout_s=budget
             )
-        return parse(pb.JoinReply, reply)
+        joined = parse(pb.JoinReply, reply)
+        if len(joined.cursor) > MAX_CURSOR_BYTES:
+            raise MalformedError(
+                f"{self._address(shard)} gave a cursor of {len(joined.cursor)} bytes; at most "
+                f"{MAX_CURSOR_BYTES} are allowed"
+            )
+        return joined
 
     def _put_model(self, shard: int, reply: pb.JoinReply, model: FloatArray) -> None:
         space = self._views[self._member].space

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
+from os import PathLike, fspath
 from typing import Literal, get_args
 
 from dgs.errors import ConfigError
@@ -14,6 +15,7 @@ __all__ = [
     "Rule",
     "Selection",
     "ServerConfig",
+    "StorageConfig",
     "Values",
     "WorkerConfig",
     "is_worker_name",
@@ -24,6 +26,7 @@ Selection = Literal["tracked", "exact"]
 Values = Literal["float32", "bfloat16", "int8", "int4", "int2", "sign"]
 Where = Literal["base", "compensated"]
 Buffers = Literal["average", "local"]
+Keepalive = Literal["steady", "fast"]
 
 
 def _require(condition: bool, name: str, value: object, wanted: str) -> None:
@@ -85,14 +88,20 @@ class RetryConfig:
     first_wait_s: float = 0.1
     """Seconds before the first retry; each further wait doubles."""
 
-    longest_wait_s: float = 5.0
+    longest_wait_s: float = 2.0
     """Upper bound of the wait between two attempts, in seconds."""
+
+    keepalive: Keepalive = "steady"
+    """How soon a silently cut link is noticed while a call waits: ``steady``, within 40 s, or
+    ``fast``, within 15 s, for links of 1 MB/s and more (on slower ones it may cut an upload)."""
 
     def __post_init__(self) -> None:
         """Check every field."""
+        _require_choice("keepalive", self.keepalive, Keepalive)
         wanted = "give a positive number of seconds, at most 1e9"
         for f in fields(self):
-            _settle_real(self, f.name, lambda v: 0 < v <= 1e9, wanted)
+            if f.name != "keepalive":
+                _settle_real(self, f.name, lambda v: 0 < v <= 1e9, wanted)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,6 +155,15 @@ class WorkerConfig:
     """Name of this worker, unique in the run, at most 128 printable characters; empty:
     ``DGS_WORKER``, or a random name."""
 
+    checkpoint: str | PathLike[str] = ""
+    """File that the optimizer's whole state is kept in, and loaded from at the start if it is
+    there; or a folder (there already, or ending with a slash), for a file with the worker's name.
+    It is written when the optimizer is closed, by `save`, and as `checkpoint_every` says."""
+
+    checkpoint_every: int = 0
+    """Exchanges from one automatic checkpoint to the next; 0 for none. With 1, a worker that is
+    killed at any moment goes on bit for bit."""
+
     retry: RetryConfig = field(default_factory=RetryConfig)
     """How long a worker waits for its server."""
 
@@ -167,6 +185,11 @@ class WorkerConfig:
         _require(len(w) <= 128, "worker", w, "give at most 128 characters")
         _require(w == "" or is_worker_name(w), "worker", w, "give printable characters only")
         _require(isinstance(self.overlap, bool), "overlap", self.overlap, "give True or False")
+        place = self.checkpoint
+        _require(isinstance(place, str | PathLike), "checkpoint", place, "give a path")
+        _settle_whole(self, "checkpoint_every", 0)
+        every, wanted = self.checkpoint_every, "give checkpoint=PATH as well, to write to"
+        _require(not every or bool(fspath(place)), "checkpoint_every", every, wanted)
         _require(isinstance(self.retry, RetryConfig), "retry", self.retry, "give a RetryConfig")
         if self.rule == "none" and (self.density < 1.0 or self.values != "float32"):
             raise ConfigError(
@@ -191,8 +214,35 @@ class ServerConfig:
     """Values, buffers included, that a worker's model may have per server it is split over. Each
     costs 4 bytes, and as much per session."""
 
+    lease_s: float = 3600.0
+    """Seconds without an exchange after which a session is closed and its memory freed; its worker
+    joins again by itself if it comes back. 0 for never."""
+
+    max_in_flight_bytes: int = 1 << 30
+    """Bytes of requests that may be arriving or waiting at a time; more are put off."""
+
     def __post_init__(self) -> None:
         """Check every field."""
         _settle_whole(self, "hash_interval", 0)
         _settle_whole(self, "max_workers", 1)
         _settle_whole(self, "max_parameters", 1)
+        _settle_whole(self, "max_in_flight_bytes", 1 << 20)
+        wanted = "give seconds, at most 1e9; 0 for never"
+        _settle_real(self, "lease_s", lambda v: 0 <= v <= 1e9, wanted)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StorageConfig:
+    """How a server with a state directory keeps it."""
+
+    snapshot_interval_s: float = 300.0
+    """Seconds between two snapshots, where anything has changed."""
+
+    snapshot_log_bytes: int = 512 << 20
+    """Length of the log at which a snapshot is made early: it bounds what a restart replays."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        wanted = "give a positive number of seconds, at most 1e9"
+        _settle_real(self, "snapshot_interval_s", lambda v: 0 < v <= 1e9, wanted)
+        _settle_whole(self, "snapshot_log_bytes", 1 << 20)

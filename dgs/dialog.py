@@ -67,6 +67,8 @@ class Dialog:
         """Number of the last exchange."""
         self.pending: list[bytes] | None = None
         """The frames of an exchange whose replies have not been read yet, one per shard."""
+        self.cursor = b""
+        """What travels with the next update, with every shard's frame."""
         self._values = values
         self._kernels = kernels
 
@@ -141,7 +143,8 @@ class Dialog:
             body = self._encode(part, local, values[inside])
             decoded.append(body.decoded)
             tail = tails[shard].astype("<f4")
-            frames.append(encode_frame(self._header(shard, len(local)), body.body, tail))
+            header = self._header(shard, len(local))
+            frames.append(encode_frame(header, body.body, tail, self.cursor))
             send(shard, frames[-1])
         self.pending = frames
         return np.concatenate(decoded)
@@ -151,7 +154,7 @@ class Dialog:
 
         A shard that has applied its part answers with the reply that it keeps, one that did not
         answer applies it now, and one that refused it applies nothing. So all shards go on from the
-        same sequence number.
+        same sequence number, and the cursor moves on with it: the data behind it has been used.
 
         Returns:
             The frames to send, to all shards.
@@ -161,7 +164,8 @@ class Dialog:
         for shard in shards:
             body = self._encode(self.parts[shard], *nothing).body
             tail = tails[shard].astype("<f4")
-            self.pending[shard] = encode_frame(self._header(shard, 0), body, tail)
+            cursor = bytes(decode_frame(self.pending[shard]).cursor)  # newer ones may be set by now
+            self.pending[shard] = encode_frame(self._header(shard, 0), body, tail, cursor)
         return self.pending
 
     def _encode(self, part: Part, indices: Int64Array, values: FloatArray) -> Encoded:

@@ -23,6 +23,7 @@ __all__ = [
     "NotReadyError",
     "SequenceError",
     "ServerUnavailableError",
+    "StateError",
     "TooLargeError",
     "UnknownWorkerError",
     "ViewError",
@@ -134,6 +135,13 @@ class AddressInUseError(DgsError, OSError):
 
     code = "UNAVAILABLE"
     reason = "address-in-use"
+
+
+class StateError(DgsError, RuntimeError):
+    """A state directory cannot be used: it is damaged, in use, or not this server's."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "state"
 
 
 class ForkError(DgsError, RuntimeError):

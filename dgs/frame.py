@@ -1,8 +1,9 @@
 """Frames: how model data travels, one per direction of an exchange; specified in `WIRE.md`.
 
-A frame is a fixed little-endian header, a body and a tail. The header says for whom it is, what it
-means and how long it is; the body holds coordinates (`dgs.codec`), the tail dense float32 values
-that are not trained. One checksum covers everything. Reading makes views and copies nothing.
+A frame is a fixed little-endian header, a body, a tail and a cursor. The header says for whom it
+is, what it means and how long it is; the body holds coordinates (`dgs.codec`), the tail dense
+float32 values that are not trained, the cursor what a user wants kept with an update. One checksum
+covers everything. Reading makes views and copies nothing.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from dgs.quantize import VALUE_KINDS, payload_bytes
 __all__ = [
     "HEADER_BYTES",
     "MAGIC",
+    "MAX_CURSOR_BYTES",
     "WIRE_VERSION",
     "Frame",
     "FrameKind",
     "Header",
     "decode_frame",
     "encode_frame",
+    "frame_checksum",
     "max_frame_bytes",
     "peek_header",
     "restamp",
@@ -41,6 +44,7 @@ Payload = Buffer | npt.NDArray[np.float32]
 MAGIC: Final = b"DGSF"
 WIRE_VERSION: Final = 1
 HEADER_BYTES: Final = 96
+MAX_CURSOR_BYTES: Final = 4096
 
 _FIELDS: Final = struct.Struct("<4sBBBBIHHQQQQQQIIQQI")  # then the checksum
 _CHECKSUM: Final = struct.Struct("<I")
@@ -116,33 +120,39 @@ class Header:
     body_bytes: int = 0
     """Length of the body; `encode_frame` sets it."""
 
+    cursor_bytes: int = 0
+    """Length of the cursor, 0 unless UPDATE; `encode_frame` sets it."""
+
     @property
     def frame_bytes(self) -> int:
         """Return the length of the whole frame."""
-        return HEADER_BYTES + self.body_bytes + 4 * self.tail
+        return HEADER_BYTES + self.body_bytes + 4 * self.tail + self.cursor_bytes
 
 
 class Frame(NamedTuple):
-    """A frame that was read; body and tail are views of the bytes it was read from.
+    """A frame that was read; body, tail and cursor are views of the bytes it was read from.
 
     Attributes:
         header: the fields.
         body: input of `dgs.codec.decode_body`, or N raw float32 for MODEL.
         tail: float32, not aligned in memory; may be NaN or infinite, the caller's to check.
+        cursor: what the worker wants kept with its update, opaque; at most `MAX_CURSOR_BYTES`.
     """
 
     header: Header
     body: memoryview
     tail: npt.NDArray[np.float32]
+    cursor: memoryview
 
 
-def encode_frame(header: Header, body: Payload, tail: Payload = b"") -> bytes:
+def encode_frame(header: Header, body: Payload, tail: Payload = b"", cursor: bytes = b"") -> bytes:
     """Make a frame; the lengths in `header` are replaced by the right ones.
 
     Args:
         header: the fields.
         body: bytes from `dgs.codec.encode_body`, or N float32 for MODEL.
         tail: float32 values, as an array or as little-endian bytes.
+        cursor: what to keep with an UPDATE, at most `MAX_CURSOR_BYTES`; none for other kinds.
 
     Raises:
         MalformedError: the header contradicts itself or the body; see `WIRE.md`.
@@ -156,11 +166,13 @@ def encode_frame(header: Header, body: Payload, tail: Payload = b"") -> bytes:
     body, tail = _to_view(body), _to_view(tail)
     if tail.nbytes % 4:
         raise MalformedError(f"a tail of {tail.nbytes} bytes does not hold whole float32 values")
-    header = replace(header, body_bytes=body.nbytes, tail=tail.nbytes // 4)
+    header = replace(
+        header, body_bytes=body.nbytes, tail=tail.nbytes // 4, cursor_bytes=len(cursor)
+    )
     _check(header)
     start = _pack(header)
-    checksum = zlib.crc32(tail, zlib.crc32(body, zlib.crc32(start)))
-    return b"".join((start, _CHECKSUM.pack(checksum), body, tail))
+    checksum = zlib.crc32(cursor, zlib.crc32(tail, zlib.crc32(body, zlib.crc32(start))))
+    return b"".join((start, _CHECKSUM.pack(checksum), body, tail, cursor))
 
 
 def decode_frame(data: Buffer, *, max_size: int | None = None) -> Frame:
@@ -184,14 +196,14 @@ def decode_frame(data: Buffer, *, max_size: int | None = None) -> Frame:
         raise ChecksumError(
             f"the checksum of a frame does not match its {view.nbytes} bytes; send it again"
         )
-    length = HEADER_BYTES + raw.body_bytes + 4 * raw.tail
-    if view.nbytes != length:
-        raise MalformedError(f"{view.nbytes} bytes received of a frame of {length}")
+    if view.nbytes != raw.frame_bytes:
+        raise MalformedError(f"{view.nbytes} bytes received of a frame of {raw.frame_bytes}")
     header = _to_header(raw)
     _check(header)
     stop = HEADER_BYTES + header.body_bytes
-    tail = np.frombuffer(view[stop:], "<f4")
-    return Frame(header, view[HEADER_BYTES:stop], tail)
+    end = stop + 4 * header.tail
+    tail = np.frombuffer(view[stop:end], "<f4")
+    return Frame(header, view[HEADER_BYTES:stop], tail, view[end:])
 
 
 def peek_header(data: Buffer, *, max_size: int | None = None) -> Header:
@@ -208,7 +220,7 @@ def peek_header(data: Buffer, *, max_size: int | None = None) -> Header:
         TooLargeError: the header announces a frame longer than `max_size`.
     """
     raw = _unpack(memoryview(data).cast("B"))
-    _check_limit(HEADER_BYTES + raw.body_bytes + 4 * raw.tail, max_size)
+    _check_limit(raw.frame_bytes, max_size)
     header = _to_header(raw)
     _check(header)
     return header
@@ -224,13 +236,24 @@ def max_frame_bytes(size: int, num_segments: int, tail: int) -> int:
 
     Example:
         >>> max_frame_bytes(10**6, 4, 0) - HEADER_BYTES
-        6876002
+        6880098
     """
-    return HEADER_BYTES + max_body_bytes(size, num_segments) + 4 * tail
+    return HEADER_BYTES + max_body_bytes(size, num_segments) + 4 * tail + MAX_CURSOR_BYTES
+
+
+def frame_checksum(data: Buffer) -> int:
+    """Return the checksum that a frame carries, unverified.
+
+    Example:
+        >>> header = Header(kind=FrameKind.MODEL, values="float32", size=0, nnz=0)
+        >>> frame_checksum(encode_frame(header, b"")) == zlib.crc32(encode_frame(header, b"")[:92])
+        True
+    """
+    return int(_CHECKSUM.unpack_from(data, _FIELDS.size)[0])
 
 
 def restamp(data: Buffer, incarnation: int) -> bytes:
-    """Return the same frame under another incarnation, with a new checksum.
+    """Return the same frame, cursor included, under another incarnation, with a new checksum.
 
     Raises:
         MalformedError: `data` is not a frame.
@@ -274,7 +297,12 @@ class _Raw(NamedTuple):
     staleness: int
     body_bytes: int
     hash: int
-    reserved: int
+    cursor_bytes: int
+
+    @property
+    def frame_bytes(self) -> int:
+        """Return the length that the whole frame claims to have."""
+        return HEADER_BYTES + self.body_bytes + 4 * self.tail + self.cursor_bytes
 
 
 def _pack(header: Header) -> bytes:
@@ -297,7 +325,7 @@ def _pack(header: Header) -> bytes:
         staleness=header.staleness,
         body_bytes=header.body_bytes,
         hash=header.hash or 0,
-        reserved=0,
+        cursor_bytes=header.cursor_bytes,
     )
     try:
         return _FIELDS.pack(*raw)
@@ -330,7 +358,7 @@ def _to_header(raw: _Raw) -> Header:
         raise MalformedError(f"frame kind {raw.kind} is unknown")
     if raw.values >= len(VALUE_KINDS):
         raise MalformedError(f"value kind {raw.values} is unknown")
-    if raw.flags & ~(_SET | _HASH) or raw.reserved:
+    if raw.flags & ~(_SET | _HASH):
         raise MalformedError("reserved bits of the header are not zero")
     if raw.hash and not raw.flags & _HASH:
         raise MalformedError("the header has a hash, but not the flag that says so")
@@ -351,6 +379,7 @@ def _to_header(raw: _Raw) -> Header:
         hash=raw.hash if raw.flags & _HASH else None,
         tail=raw.tail,
         body_bytes=raw.body_bytes,
+        cursor_bytes=raw.cursor_bytes,
     )
 
 
@@ -358,6 +387,12 @@ def _check(header: Header) -> None:
     """Refuse a header whose fields contradict each other."""
     if header.replaces and header.kind is not FrameKind.DIFFERENCE:
         raise MalformedError(f"the SET flag is for DIFFERENCE, not for {header.kind.name}")
+    if header.cursor_bytes and header.kind is not FrameKind.UPDATE:
+        raise MalformedError(f"a cursor is for UPDATE, not for {header.kind.name}")
+    if header.cursor_bytes > MAX_CURSOR_BYTES:
+        raise MalformedError(
+            f"a cursor of {header.cursor_bytes} bytes exceeds the limit of {MAX_CURSOR_BYTES}"
+        )
     if header.nnz > header.size:
         raise MalformedError(f"{header.nnz} entries do not fit {header.size} coordinates")
     if header.kind is FrameKind.MODEL:

@@ -32,6 +32,17 @@ class Histogram:
         """Add the counts of another histogram."""
         self._counts.update(other._counts)
 
+    def items(self) -> list[tuple[int, int]]:
+        """Return the values with their counts, in order."""
+        return sorted(self._counts.items())
+
+    @classmethod
+    def of(cls, items: Iterable[Iterable[int]]) -> Histogram:
+        """Rebuild a histogram from `items`."""
+        histogram = cls()
+        histogram._counts.update({value: count for value, count in items})
+        return histogram
+
     @property
     def count(self) -> int:
         """Count all occurrences."""
@@ -82,3 +93,6 @@ class Stats:
     """Full pulls because base and the server's record of it differed: each one is a defect."""
     rejoins: int = 0
     """Times the server's model replaced the base because a saved session could not go on."""
+    replaced: int = 0
+    """Updates applied of earlier processes of this worker, if it did not go on with their session:
+    those updates stay, what these processes held back is lost. 0 if there were none."""

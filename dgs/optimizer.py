@@ -10,12 +10,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dgs.binding import Binding
+from dgs.checkpoint import read_state, state_file, write_state
 from dgs.config import WorkerConfig
 from dgs.errors import ConfigError
 from dgs.exchange import Exchanger
@@ -26,7 +28,7 @@ from dgs.transport.connect import Servers, connect
 __all__ = ["DistributedOptimizer"]
 
 SAVED_BY_EXCHANGER = (
-    *("round_steps", "worker", "worker_state", "local", "local_buffers"),
+    *("round_steps", "worker", "cursor", "worker_state", "local", "local_buffers"),
     *("start", "steps", "exchanges"),
 )
 SAVED_BY_WORKER = (
@@ -62,8 +64,13 @@ class DistributedOptimizer(Optimizer):
             out buffers that are not in the model's ``state_dict()``.
         **settings: fields of `dgs.WorkerConfig`.
 
+    With ``checkpoint=PATH``, the state is kept in a file, and loaded from it here if it is there,
+    as by `load_state_dict`. Learning rate schedulers and random number generators stay yours: set
+    them from `cursor`.
+
     Raises:
-        ConfigError: a setting is out of range, a parameter has no name, or `inner` is no optimizer.
+        ConfigError: a setting is out of range, a parameter has no name, `inner` is no optimizer,
+            or the checkpoint is damaged or another worker's.
         ServerUnavailableError: the server was not reached within `retry.connect_budget_s`.
         ModelMismatchError: the server holds another model; names the first differing tensor.
 
@@ -106,8 +113,12 @@ class DistributedOptimizer(Optimizer):
         averaged = named_buffers if config.buffers == "average" else ()
         self._binding = Binding(inner, named_parameters, averaged)
         self._round_steps = 0
+        self._rounds = 0  # since the last checkpoint
         self._closed = False
+        self._pid = os.getpid()
         self._named = bool(config.worker)
+        self._file = state_file(config.checkpoint, config.worker) if config.checkpoint else None
+        saved = _read_checkpoint(self._file, config.worker)
         name = config.worker or _random_name()
         transports = connect(server, config.retry)
         try:
@@ -117,6 +128,53 @@ class DistributedOptimizer(Optimizer):
                 transport.close()
             raise
         self.stats: Stats = self._exchanger.stats
+        if saved is not None:
+            self._go_on(saved)
+
+    def _go_on(self, saved: dict[str, Any]) -> None:
+        """Load a checkpoint, and finish the exchange that it was written in."""
+        try:
+            self._load(saved)
+            if self._exchanger.in_flight:
+                self._write()  # under the new incarnation: this process may be killed as well
+                self._exchanger.finish()
+        except BaseException:
+            self._exchanger.close(leave=False)
+            raise
+
+    @property
+    def cursor(self) -> bytes:
+        """What is kept with the next update, opaque, at most 4096 bytes: your place in the data.
+
+        Set it before `step`, to where the data will be after that step. It travels with the update
+        of the round that the step ends, to every server, which keeps it if and only if it applies
+        the update. What is set when a round ends is what counts, also with `overlap` or
+        `local_steps`.
+
+        After the start it is the cursor of this worker's last update that was applied, ``b""`` if
+        none was; where a saved state goes on bit for bit, the saved one. The same after a step in
+        which the worker had to join again: what lies between is the update that was lost. Of
+        several servers, the one counts that has applied the most: of an update that only some of
+        them have applied, the rest is lost, and the data is not used twice.
+
+        Raises:
+            ConfigError: it is set to something that is not bytes, or too long.
+
+        Example:
+            Go on in the data where the last process that was called "w" stopped::
+
+                opt = dgs.DistributedOptimizer(sgd, model.named_parameters(), worker="w")
+                for i in range(int(opt.cursor or b"0"), len(batches)):
+                    loss(model, batches[i]).backward()
+                    opt.cursor = str(i + 1).encode()
+                    opt.step()
+                    opt.zero_grad()
+        """
+        return self._exchanger.cursor
+
+    @cursor.setter
+    def cursor(self, value: bytes) -> None:
+        self._exchanger.cursor = value
 
     @property
     def inner(self) -> Optimizer:
@@ -147,18 +205,38 @@ class DistributedOptimizer(Optimizer):
                 and the parameters are back where the round started.
             ServerUnavailableError: no answer within `retry.budget_s`. The exchange is finished
                 first by the next call of `step`; nothing is lost or applied twice.
-            ConfigError: the optimizer is closed.
+            ConfigError: the optimizer is closed; or a checkpoint could not be written: the step
+                is done then, and its exchange is finished by the next one.
         """
         self._check_open()
-        self._warn_of_double_momentum()
+        if not self.stats.steps:
+            _warn_of_double_momentum(self._inner, self._config)
         self._exchanger.begin_step()
         loss = self._binding.step(closure)
         self.stats.steps += 1
         self._round_steps += 1
         if self._round_steps >= self._config.local_steps:
             self._round_steps = 0
-            self._exchanger.end_round()
+            self._rounds += 1
+            every = self._config.checkpoint_every
+            self._exchanger.end_round(self._write if 0 < every <= self._rounds else None)
         return loss
+
+    def save(self) -> None:
+        """Write a checkpoint now, to the place that was given as ``checkpoint``.
+
+        Raises:
+            ConfigError: none was given, or the file cannot be written.
+        """
+        self._check_open()
+        if self._file is None:
+            raise ConfigError("there is no place for a checkpoint; give checkpoint=PATH at first")
+        self._write()
+
+    def _write(self) -> None:
+        assert self._file is not None
+        write_state(self._file, self.state_dict())
+        self._rounds = 0
 
     def pull_model(self) -> dict[str, Tensor]:
         """Fetch the servers' model: what to evaluate and to keep, never one worker's own.
@@ -221,12 +299,18 @@ class DistributedOptimizer(Optimizer):
     def close(self, *, leave: bool = True) -> None:
         """Finish the exchange in flight and close the connections; later steps raise.
 
+        With ``checkpoint=PATH``, the state is written first.
+
         Args:
             leave: tell the server that this worker is done, so that it frees its record. With
                 False the record stays, for a later process to resume from a saved state.
         """
-        self._closed = True
-        self._exchanger.close(leave=leave)
+        try:
+            if self._file is not None and not self._closed and os.getpid() == self._pid:
+                self._write()
+        finally:
+            self._closed = True
+            self._exchanger.close(leave=leave)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         """Refuse to be copied or pickled."""
@@ -248,18 +332,6 @@ class DistributedOptimizer(Optimizer):
         self.param_groups = self._inner.param_groups
         self.state = self._inner.state
 
-    def _warn_of_double_momentum(self) -> None:
-        if self.stats.steps or self._config.local_steps > 1 or not self._config.momentum:
-            return
-        inner = any(g.get("momentum") or "betas" in g for g in self._inner.param_groups)
-        if inner and has_momentum(self._config.rule):
-            warnings.warn(
-                f"{type(self._inner).__name__} has momentum of its own, which at local_steps=1 "
-                f"adds to rule={self._config.rule!r} with momentum={self._config.momentum}; set "
-                "one of them to 0, or take more local steps",
-                stacklevel=_users_stacklevel(),
-            )
-
 
 def _configure(config: WorkerConfig | None, settings: dict[str, Any]) -> WorkerConfig:
     try:
@@ -269,6 +341,25 @@ def _configure(config: WorkerConfig | None, settings: dict[str, Any]) -> WorkerC
         unknown = ", ".join(s for s in settings if s not in WorkerConfig.__dataclass_fields__)
         raise ConfigError(f"unknown setting {unknown}; the settings are {known}") from e
     return replace(config, worker=config.worker or os.environ.get("DGS_WORKER", ""))
+
+
+def _read_checkpoint(file: Path | None, worker: str) -> dict[str, Any] | None:
+    """Read the checkpoint to go on from, if there is one.
+
+    Raises:
+        ConfigError: it is damaged, or of another worker than the named one.
+    """
+    if file is None or not file.exists():
+        return None
+    saved = read_state(file)
+    _require_saved(saved)
+    owner = saved["dgs"]["worker"]
+    if worker and owner != worker:
+        raise ConfigError(
+            f"checkpoint {file} is of worker {owner!r}, this one is {worker!r}; end the path with "
+            "a slash, and each worker has a file of its own in that folder"
+        )
+    return saved
 
 
 def _require_optimizer(inner: object) -> None:
@@ -303,6 +394,18 @@ def _require_saved(state_dict: dict[str, Any]) -> None:
                 f"the saved state is incomplete: {where} lacks {', '.join(missing)}; load what "
                 "state_dict() returned, whole"
             )
+
+
+def _warn_of_double_momentum(inner: Optimizer, config: WorkerConfig) -> None:
+    if config.local_steps > 1 or not config.momentum or not has_momentum(config.rule):
+        return
+    if any(g.get("momentum") or "betas" in g for g in inner.param_groups):
+        warnings.warn(
+            f"{type(inner).__name__} has momentum of its own, which at local_steps=1 "
+            f"adds to rule={config.rule!r} with momentum={config.momentum}; set "
+            "one of them to 0, or take more local steps",
+            stacklevel=_users_stacklevel(),
+        )
 
 
 def _refuse_copies() -> NoReturn:

@@ -7,10 +7,9 @@ list. What carries the bytes stands in `dgs.transport`.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from threading import Lock
+from typing import Self
 
 import numpy as np
 
@@ -29,11 +28,11 @@ from dgs.frame import Frame, FrameKind, Header, decode_frame, encode_frame
 from dgs.joining import Joining
 from dgs.kernels import kernels
 from dgs.messages import parse, space_to_message
-from dgs.metrics import Histogram
 from dgs.quantize import first_non_finite
-from dgs.registry import Registry, Session
+from dgs.session import Session
 from dgs.shard import Shard
 from dgs.space import FloatArray, Int64Array, ParameterSpace
+from dgs.state import ServerState
 from dgs.tracker import digest
 from dgs.view import Part
 
@@ -41,16 +40,6 @@ __all__ = ["ParameterServer"]
 
 CONTROL_BYTES = 64 << 20
 """Largest control message; a Join carries the names and shapes of the whole model."""
-
-
-@dataclass(slots=True)
-class _Totals:
-    """Counts over the whole run, departed workers included."""
-
-    staleness: Histogram
-    bytes_up: int = 0
-    bytes_down: int = 0
-    refused: int = 0
 
 
 class ParameterServer:
@@ -86,14 +75,9 @@ class ParameterServer:
         run: int | None = None,
     ) -> None:
         """Start without a model, or remember `init` until the first worker names its order."""
-        self._config = config or ServerConfig()
-        self._init = dict(init) if init is not None else None
-        self._run = (secrets.randbits(62) | 1) if run is None else run
-        self._registry = Registry(self._config.max_workers)
-        self._shard: Shard | None = None
-        self._is_fresh = False
+        self.state = ServerState.begun(config or ServerConfig(), init=init, run=run)
+        """Read it, and change it through `handle` only."""
         self._turn = Lock()
-        self._totals = _Totals(Histogram())
         self._handlers: dict[str, Callable[[bytes], bytes]] = {
             "Join": self._join,
             "PutModel": self._put_model,
@@ -103,20 +87,27 @@ class ParameterServer:
             "Status": self._status,
         }
 
+    @classmethod
+    def of(cls, state: ServerState) -> Self:
+        """Go on from a state, such as a restored one."""
+        server = cls()
+        server.state = state
+        return server
+
     @property
     def ready(self) -> bool:
         """Whether the server has a model."""
-        return self._shard is not None
+        return self.state.shard is not None
 
     @property
     def version(self) -> int:
         """Number of updates applied."""
-        return self._shard.version if self._shard else 0
+        return self.state.version
 
     @property
     def space(self) -> ParameterSpace | None:
         """The model's index space, once the first worker has named it."""
-        return self._registry.space
+        return self.state.agreed.space
 
     def handle(self, method: str, request: bytes) -> bytes:
         """Carry out one request and return the reply.
@@ -138,60 +129,57 @@ class ParameterServer:
                     raise MalformedError(f"the service has no method {method!r}")
                 return handler(request)
             except DgsError:
-                self._totals.refused += 1
+                self.state.totals.refused += 1
                 raise
 
     def max_request_bytes(self, method: str) -> int:
         """Return how long a request may be; a transport refuses longer ones while they arrive."""
         if method not in ("PutModel", "Exchange"):
             return CONTROL_BYTES
-        return self._registry.max_frame_bytes
+        return self.state.agreed.max_frame_bytes
 
     def _join(self, request: bytes) -> bytes:
-        joining = Joining.from_message(parse(pb.JoinRequest, request), self._config)
-        self._registry.check_incarnation(joining)
-        if self._shard is not None:
-            self._registry.check_model(joining)
-        elif self._init is not None:
-            flat = joining.view.space.flatten(self._init)
-            self._registry.adopt(joining)
-            start, stop = self._registry.shard_range
-            self._shard, self._init = Shard(flat[start:stop]), None
-        reply = pb.JoinReply(run=self._run, version=self.version)
-        if self._shard is None or (joining.restore and self._untrained):
-            worker = self._registry.appoint(joining, has_model=self.ready)
+        joining = Joining.from_message(parse(pb.JoinRequest, request), self.state.config)
+        self.state.registry.check_incarnation(joining)
+        if self.state.shard is not None:
+            self.state.agreed.check(joining)
+        elif self.state.init is not None:
+            flat = joining.view.space.flatten(self.state.init)
+            self.state.agreed.adopt(joining)
+            start, stop = self.state.agreed.shard_range
+            self.state.shard, self.state.init = Shard(flat[start:stop]), None
+        reply = pb.JoinReply(run=self.state.run, version=self.version)
+        if self.state.shard is None or (joining.restore and self.state.untrained):
+            worker = self.state.registry.appoint(joining, has_model=self.ready)
             reply.outcome = pb.JoinReply.GIVE_MODEL
+            self.state.changes += 1
         else:
-            shard = self._shard
-            resumed, reply.unchanged = self._registry.open(joining, shard.model, shard.version)
-            worker = self._registry.worker(joining.worker)
-            worker.live[joining.member].record.follow(shard)
-            reply.outcome = pb.JoinReply.RESUMED if resumed else pb.JoinReply.JOINED
+            worker, session, is_new = self.state.registry.open(joining, self.state.shard)
+            reply.outcome = pb.JoinReply.RESUMED if session.resumed else pb.JoinReply.JOINED
+            reply.unchanged, reply.cursor = session.unchanged, session.cursor
+            reply.earlier_exchanges = session.earlier
+            self.state.changes += is_new
         reply.worker_id = worker.number
-        reply.initialiser = self._registry.initialiser
+        reply.initialiser = self.state.agreed.initialiser
         return reply.SerializeToString()
 
     def _put_model(self, request: bytes) -> bytes:
         frame = decode_frame(request, max_size=self.max_request_bytes("PutModel"))
         header = frame.header
         self._check_run(header.run)
-        worker = self._registry.worker_numbered(header.worker_id)
-        if self.ready and not (self._untrained and self._registry.is_asked(worker)):
+        worker = self.state.registry.worker_numbered(header.worker_id)
+        if self.ready and not (self.state.untrained and self.state.registry.is_asked(worker)):
             return b""  # repeated, or overtaken: the model that stands is the one that counts
         if header.incarnation != worker.incarnation:
             raise FencedError(
                 f"a newer process has joined as worker {worker.name!r}; this one may not give the "
                 "model any more"
             )
-        space = self._registry.require_space()
-        self._shard = Shard(_read_model(frame, space, *self._registry.shard_range))
-        self._is_fresh = not self._registry.take_given(worker)
+        space = self.state.agreed.require_space()
+        self.state.shard = Shard(_read_model(frame, space, *self.state.agreed.shard_range))
+        self.state.is_fresh = not self.state.registry.take_given(worker)
+        self.state.changes += 1
         return b""
-
-    @property
-    def _untrained(self) -> bool:
-        """Whether the model is one that a worker began with and nobody has trained: replaceable."""
-        return self._is_fresh and self.version == 0
 
     def _exchange(self, request: bytes) -> bytes:
         frame = decode_frame(request, max_size=self.max_request_bytes("Exchange"))
@@ -212,9 +200,11 @@ class ParameterServer:
                 shard.model[session.part.tail_coordinates] = mean
                 session.version = shard.version
                 reply = self._answer(session, header, staleness)
-                session.record_exchange(header.seq, staleness, len(request), reply)
+                session.record_exchange(
+                    header.seq, staleness, len(request), reply, bytes(frame.cursor)
+                )
         except BaseException:  # half done: the same request must never be applied again
-            self._registry.discard(session)
+            self.state.registry.discard(session)
             raise
         if bad >= 0:
             name = session.part.name_at(int(indices[bad]))
@@ -223,10 +213,11 @@ class ParameterServer:
                 f"the update of worker {session.worker!r} {what} in tensor {name!r}; "
                 "it was refused whole"
             )
-        self._totals.staleness.add(staleness)
-        self._totals.bytes_up += len(request)
-        self._totals.bytes_down += len(reply)
-        self._registry.settle(session)
+        self.state.totals.staleness.add(staleness)
+        self.state.totals.bytes_up += len(request)
+        self.state.totals.bytes_down += len(reply)
+        self.state.registry.settle(session)
+        self.state.changes += 1
         return reply
 
     def _checked(self, session: Session, frame: Frame) -> tuple[Int64Array, FloatArray, FloatArray]:
@@ -243,7 +234,8 @@ class ParameterServer:
         indices, values = decode(frame.body, part.segment_sizes, header.values, header.nnz)
         mean = self._require_shard().model[part.tail_coordinates]
         with np.errstate(over="ignore", invalid="ignore"):
-            mean = mean + (frame.tail - mean) / np.float32(self._registry.num_active(self.version))
+            active = self.state.registry.num_active(self.version)
+            mean = mean + (frame.tail - mean) / np.float32(active)
         bad = first_non_finite(mean)
         if bad is not None:
             name = part.view.name_at(part.local_tail.start + bad)
@@ -256,7 +248,7 @@ class ParameterServer:
     def _answer(self, session: Session, header: Header, staleness: int) -> bytes:
         """Advance the session's record and encode what it advanced by."""
         difference = session.record.advance()
-        every = self._config.hash_interval
+        every = self.state.config.hash_interval
         hashed = every > 0 and header.seq % every == 0
         reply = Header(
             kind=FrameKind.DIFFERENCE,
@@ -265,7 +257,7 @@ class ParameterServer:
             worker_id=header.worker_id,
             member=header.member,
             shard=header.shard,
-            run=self._run,
+            run=self.state.run,
             incarnation=header.incarnation,
             seq=header.seq,
             version=self.version,
@@ -292,8 +284,8 @@ class ParameterServer:
             values="float32",
             worker_id=pull.worker_id,
             member=pull.member,
-            shard=self._registry.shard,
-            run=self._run,
+            shard=self.state.agreed.shard,
+            run=self.state.run,
             incarnation=pull.incarnation,
             version=self.version,
             size=len(values),
@@ -305,25 +297,26 @@ class ParameterServer:
     def _leave(self, request: bytes) -> bytes:
         leave = parse(pb.LeaveRequest, request)
         self._check_run(leave.run)
-        self._registry.close(leave.worker_id, leave.member, leave.incarnation)
+        who = leave.worker_id, leave.member, leave.incarnation
+        self.state.changes += self.state.registry.close(*who)
         return pb.LeaveReply().SerializeToString()
 
     def _status(self, request: bytes) -> bytes:
         parse(pb.StatusRequest, request)
-        start, stop = self._registry.shard_range
-        space, totals = self._registry.space, self._totals
+        start, stop = self.state.agreed.shard_range
+        space, totals = self.state.agreed.space, self.state.totals
         return pb.StatusReply(
-            run=self._run,
+            run=self.state.run,
             ready=self.ready,
             version=self.version,
-            shard=self._registry.shard,
-            num_shards=self._registry.num_shards,
+            shard=self.state.agreed.shard,
+            num_shards=self.state.agreed.num_shards,
             range_start=start,
             range_stop=stop,
             tensors=space_to_message(space) if space else (),
-            workers=[s.status(self.version) for s in self._registry.sessions()],
+            workers=[s.status(self.version) for s in self.state.registry.sessions()],
             refused=totals.refused,
-            initialiser=self._registry.initialiser,
+            initialiser=self.state.agreed.initialiser,
             staleness_p50=totals.staleness.percentile(50),
             staleness_p99=totals.staleness.percentile(99),
             bytes_up=totals.bytes_up,
@@ -332,23 +325,19 @@ class ParameterServer:
 
     def _session(self, run: int, worker_id: int, member: int, incarnation: int) -> Session:
         self._check_run(run)
-        return self._registry.session(worker_id, member, incarnation)
+        return self.state.registry.session(worker_id, member, incarnation)
 
     def _check_run(self, run: int) -> None:
-        if run != self._run:
+        if run != self.state.run:
             raise WrongRunError(
                 "this server is not the one that was joined: it was restarted without its state, "
                 "or the address now belongs to another run; start the workers again"
             )
 
     def _require_shard(self) -> Shard:
-        if self._shard is None:
+        if self.state.shard is None:
             raise NotReadyError("the server has no model yet: no worker has joined")
-        return self._shard
-
-    @property
-    def _model(self) -> FloatArray | None:
-        return self._shard.model if self._shard else None
+        return self.state.shard
 
 
 def _read_model(frame: Frame, space: ParameterSpace, start: int, stop: int) -> FloatArray:

@@ -12,7 +12,7 @@ from weakref import WeakSet
 
 import numpy as np
 
-from dgs.changes import Change, ChangeLog
+from dgs.changes import Change, ChangeLog, undo
 from dgs.kernels import change_kernels
 from dgs.space import FloatArray, Int64Array
 
@@ -74,6 +74,7 @@ class Shard:
     Args:
         model: shape ``(n,)``; copied. Negative zeros become zeros, of which no later subtraction
             can make one: so equal values have equal bits.
+        version: number of updates that it has had.
 
     Attributes:
         model: the values, of version `version`.
@@ -94,12 +95,13 @@ class Shard:
         (1, np.float32(-1.0), np.float32(0.0))
     """
 
-    def __init__(self, model: FloatArray) -> None:
-        """Copy the model; its version is 0. Compiles, or loads, what exchanges will need."""
+    def __init__(self, model: FloatArray, version: int = 0) -> None:
+        """Copy the model. Compiles, or loads, what exchanges will need."""
         change_kernels(model.size)
         self.model: FloatArray = np.add(model, np.float32(0.0), dtype=np.float32)
-        self.version = 0
-        self.log = ChangeLog()
+        self._is_lent = False
+        self.version = version
+        self.log = ChangeLog(version)
         self.followers: WeakSet[Follower] = WeakSet()
         self.scratch = Scratch()
 
@@ -114,6 +116,8 @@ class Shard:
             -1, or the position in the update of the first entry that would leave NaN or infinity in
             the model; nothing is changed then.
         """
+        if self._is_lent:
+            self.model, self._is_lent = self.model.copy(), False
         before, after = np.empty(indices.size, np.float32), np.empty(indices.size, np.float32)
         kernels = change_kernels(self.model.size)
         bad = kernels.apply_and_log(self.model, indices, values, before, after)
@@ -126,8 +130,13 @@ class Shard:
     def model_at(self, version: int) -> FloatArray:
         """Return a copy of the model of a version that the log reaches."""
         model = self.model.copy()
-        self.log.undo(model, version)
+        undo(model, self.log.since(version))
         return model
+
+    def lend(self) -> FloatArray:
+        """Return the model as it is now, for good: the next update changes a copy of it."""
+        self._is_lent = True
+        return self.model
 
     def _bound_log(self) -> None:
         share = _FOLLOWED_LOG_SHARE if self.followers else _LOG_SHARE

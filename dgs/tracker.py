@@ -9,12 +9,16 @@ answered.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from dgs.candidates import Candidates
-from dgs.changes import Change
+from dgs.changes import Change, undo
 from dgs.config import Selection, Values
 from dgs.errors import ConfigError
 from dgs.kernels import change_kernels, kernels
@@ -24,7 +28,10 @@ from dgs.shard import Shard
 from dgs.space import FloatArray, Int64Array
 from dgs.view import Part
 
-__all__ = ["Difference", "Record", "digest"]
+__all__ = ["Arrays", "Difference", "Record", "digest"]
+
+Arrays = dict[str, npt.NDArray[Any]]
+"""Arrays of a saved state, by name."""
 
 _SPARSE = 8  # a replica is given up after a reply of less than one coordinate in so many
 
@@ -80,9 +87,57 @@ class Record:
         self._selection = (selection, dense_below)
         self._selector = make_selector(selection, len(part.segment_sizes), dense_below)
         self._candidates = Candidates(part)
+        self._is_lent = False
         self._shard: Shard | None = None
         self.version = 0
         """The model's version when the worker was last answered."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return the settings and the version: what `restored` needs besides `lend`."""
+        selection, dense_below = self._selection
+        return {
+            "density": self._density,
+            "values": self._values,
+            "selection": selection,
+            "dense_below": dense_below,
+            "version": self.version,
+        }
+
+    def lend(self) -> Callable[[], Arrays]:
+        """Return a function that computes the arrays of the record as it is now.
+
+        Cheap: nothing is copied before the record or the model next changes. The function may run
+        later, and in another thread. Candidates are not among the arrays: they change no reply.
+        """
+        shard, replica = self._followed(), self._replica
+        self._is_lent = replica is not None
+        changes = shard.log.since(self.version) if replica is None else []
+        selection = self._selector.state().numpy()
+        model, part = shard.lend(), self._part
+
+        def arrays() -> Arrays:
+            return {**_compared(model, replica, changes, part), "selection": selection}
+
+        return arrays
+
+    @classmethod
+    def restored(
+        cls, part: Part, shard: Shard, facts: Mapping[str, Any], arrays: Mapping[str, Any]
+    ) -> Self:
+        """Rebuild a record that was saved together with its shard; later replies are the same."""
+        settings = {k: facts[k] for k in ("density", "selection", "dense_below", "values")}
+        record = cls(part, shard.model, **settings)
+        record._selector.load_state(torch.from_numpy(arrays["selection"]))
+        record._shard, record.version = shard, facts["version"]
+        assert record._replica is not None
+        if "replica" in arrays:
+            record._replica[:] = arrays["replica"]
+        else:
+            record._replica[arrays["at"]] = arrays["was"]
+        record._candidates.forget()
+        if "at" in arrays and not arrays["at"].size:
+            record._release()
+        return record
 
     @property
     def values(self) -> Values:
@@ -158,6 +213,8 @@ class Record:
         if self._replica is None:
             difference = self._catch_up(shard)
         else:
+            if self._is_lent:
+                self._replica, self._is_lent = self._replica.copy(), False
             difference = self._approach(shard, self._replica)
         self.version = shard.version
         if difference.count * _SPARSE <= self._part.size:
@@ -236,3 +293,25 @@ class Record:
         if self._shard is None:
             raise ConfigError("the record follows no shard yet")
         return self._shard
+
+
+def _compared(
+    model: FloatArray, replica: FloatArray | None, changes: Sequence[Change], part: Part
+) -> Arrays:
+    """Return a replica as what differs from the model, or whole where that is shorter.
+
+    Args:
+        model: the shard's.
+        replica: None for the part of the model that it was before `changes`.
+        changes: consecutive, the oldest first.
+        part: what the replica is of.
+    """
+    now = model[part.coordinates]
+    if replica is None:
+        then = model.copy()
+        undo(then, changes)
+        replica = then[part.coordinates]
+    at = np.flatnonzero(now.view(np.uint32) != replica.view(np.uint32))
+    if 3 * at.size > replica.size:
+        return {"replica": replica}
+    return {"at": at, "was": replica[at]}

@@ -82,7 +82,7 @@ class JoinRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., member: _Optional[int] = ..., shard: _Optional[int] = ..., num_shards: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., views: _Optional[_Iterable[_Union[View, _Mapping]]] = ..., download_density: _Optional[float] = ..., values: _Optional[str] = ..., selection: _Optional[str] = ..., dense_below: _Optional[int] = ..., may_initialise: bool = ..., take_over: bool = ..., resume_incarnation: _Optional[int] = ..., resume_seq: _Optional[int] = ..., resume_in_flight: bool = ..., restore: bool = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("outcome", "run", "worker_id", "version", "initialiser", "unchanged")
+    __slots__ = ("outcome", "run", "worker_id", "version", "initialiser", "unchanged", "cursor", "earlier_exchanges")
     class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         OUTCOME_UNSPECIFIED: _ClassVar[JoinReply.Outcome]
@@ -99,13 +99,17 @@ class JoinReply(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     INITIALISER_FIELD_NUMBER: _ClassVar[int]
     UNCHANGED_FIELD_NUMBER: _ClassVar[int]
+    CURSOR_FIELD_NUMBER: _ClassVar[int]
+    EARLIER_EXCHANGES_FIELD_NUMBER: _ClassVar[int]
     outcome: JoinReply.Outcome
     run: int
     worker_id: int
     version: int
     initialiser: str
     unchanged: bool
-    def __init__(self, outcome: _Optional[_Union[JoinReply.Outcome, str]] = ..., run: _Optional[int] = ..., worker_id: _Optional[int] = ..., version: _Optional[int] = ..., initialiser: _Optional[str] = ..., unchanged: bool = ...) -> None: ...
+    cursor: bytes
+    earlier_exchanges: int
+    def __init__(self, outcome: _Optional[_Union[JoinReply.Outcome, str]] = ..., run: _Optional[int] = ..., worker_id: _Optional[int] = ..., version: _Optional[int] = ..., initialiser: _Optional[str] = ..., unchanged: bool = ..., cursor: _Optional[bytes] = ..., earlier_exchanges: _Optional[int] = ...) -> None: ...
 
 class PullRequest(_message.Message):
     __slots__ = ("run", "worker_id", "member", "incarnation")
@@ -162,7 +166,7 @@ class WorkerStatus(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., member: _Optional[int] = ..., incarnation: _Optional[int] = ..., exchanges: _Optional[int] = ..., staleness_p50: _Optional[float] = ..., staleness_p99: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., behind: _Optional[int] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("run", "ready", "version", "shard", "num_shards", "range_start", "range_stop", "tensors", "workers", "refused", "initialiser", "staleness_p50", "staleness_p99", "bytes_up", "bytes_down")
+    __slots__ = ("run", "ready", "version", "shard", "num_shards", "range_start", "range_stop", "tensors", "workers", "refused", "initialiser", "staleness_p50", "staleness_p99", "bytes_up", "bytes_down", "evicted", "limits", "storage")
     RUN_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -178,6 +182,9 @@ class StatusReply(_message.Message):
     STALENESS_P99_FIELD_NUMBER: _ClassVar[int]
     BYTES_UP_FIELD_NUMBER: _ClassVar[int]
     BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
     run: int
     ready: bool
     version: int
@@ -193,4 +200,41 @@ class StatusReply(_message.Message):
     staleness_p99: float
     bytes_up: int
     bytes_down: int
-    def __init__(self, run: _Optional[int] = ..., ready: bool = ..., version: _Optional[int] = ..., shard: _Optional[int] = ..., num_shards: _Optional[int] = ..., range_start: _Optional[int] = ..., range_stop: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., refused: _Optional[int] = ..., initialiser: _Optional[str] = ..., staleness_p50: _Optional[float] = ..., staleness_p99: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ...) -> None: ...
+    evicted: int
+    limits: Limits
+    storage: Storage
+    def __init__(self, run: _Optional[int] = ..., ready: bool = ..., version: _Optional[int] = ..., shard: _Optional[int] = ..., num_shards: _Optional[int] = ..., range_start: _Optional[int] = ..., range_stop: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., refused: _Optional[int] = ..., initialiser: _Optional[str] = ..., staleness_p50: _Optional[float] = ..., staleness_p99: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., evicted: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., storage: _Optional[_Union[Storage, _Mapping]] = ...) -> None: ...
+
+class Limits(_message.Message):
+    __slots__ = ("max_workers", "record_bytes", "reply_bytes", "max_in_flight_bytes", "in_flight_bytes", "put_off", "lease_s")
+    MAX_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    RECORD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REPLY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_IN_FLIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PUT_OFF_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    max_workers: int
+    record_bytes: int
+    reply_bytes: int
+    max_in_flight_bytes: int
+    in_flight_bytes: int
+    put_off: int
+    lease_s: float
+    def __init__(self, max_workers: _Optional[int] = ..., record_bytes: _Optional[int] = ..., reply_bytes: _Optional[int] = ..., max_in_flight_bytes: _Optional[int] = ..., in_flight_bytes: _Optional[int] = ..., put_off: _Optional[int] = ..., lease_s: _Optional[float] = ...) -> None: ...
+
+class Storage(_message.Message):
+    __slots__ = ("position", "durable", "snapshot_position", "snapshot_age_s", "log_bytes", "trouble")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_POSITION_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    LOG_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TROUBLE_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    durable: int
+    snapshot_position: int
+    snapshot_age_s: float
+    log_bytes: int
+    trouble: str
+    def __init__(self, position: _Optional[int] = ..., durable: _Optional[int] = ..., snapshot_position: _Optional[int] = ..., snapshot_age_s: _Optional[float] = ..., log_bytes: _Optional[int] = ..., trouble: _Optional[str] = ...) -> None: ...

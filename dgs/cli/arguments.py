@@ -13,6 +13,7 @@ __all__ = [
     "add_server_option",
     "add_timeout_option",
     "non_negative_int",
+    "non_negative_seconds",
     "positive_int",
     "positive_seconds",
 ]
@@ -108,11 +109,19 @@ def positive_seconds(text: str) -> float:
         >>> positive_seconds("0.5")
         0.5
     """
+    value = non_negative_seconds(text)
+    if value == 0.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
+
+
+def non_negative_seconds(text: str) -> float:
+    """Read a number of seconds, 0 included."""
     try:
         value = float(text)
     except ValueError:
-        value = 0.0
-    if not 0.0 < value < 1e9:
+        value = -1.0
+    if not 0.0 <= value < 1e9:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
     return value
 

@@ -13,16 +13,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from dgs.cli.arguments import SubParsers, add_command, non_negative_int, positive_int
+from dgs.cli.arguments import (
+    SubParsers,
+    add_command,
+    non_negative_int,
+    non_negative_seconds,
+    positive_int,
+    positive_seconds,
+)
 from dgs.cli.console import note, print_json, say
 from dgs.cli.model_file import read_model
 from dgs.client import server_status
-from dgs.config import ServerConfig
-from dgs.errors import DgsError, ModelMismatchError
-from dgs.server import ParameterServer
+from dgs.config import ServerConfig, StorageConfig
+from dgs.errors import DgsError, ModelMismatchError, StateError
+from dgs.serving import serve
 from dgs.tracker import FloatArray
 from dgs.transport.address import split_address
-from dgs.transport.grpc_server import serve_handler
 from dgs.transport.guard import Handler
 from dgs.transport.local import LocalTransport
 
@@ -34,14 +40,14 @@ DRAIN_S = 5.0
 """Seconds that exchanges in progress get when the server is told to end."""
 
 EXAMPLE = """
-dgs server --listen 127.0.0.1:7070
+dgs server --listen 127.0.0.1:7070 --state-dir state/
 dgs server --listen 127.0.0.1:7070 --init model.safetensors --verbose
 """
 
 
 def add_parser(subparsers: SubParsers[argparse.ArgumentParser]) -> None:
     """Add the command to the program."""
-    config = ServerConfig()
+    config, storage = ServerConfig(), StorageConfig()
     parser = add_command(
         subparsers,
         "server",
@@ -51,7 +57,10 @@ def add_parser(subparsers: SubParsers[argparse.ArgumentParser]) -> None:
             "Hold one shard of a model, apply what workers send, and answer each with what it\n"
             "lacks. Prints its address when it listens and serves until SIGTERM or Ctrl-C, which\n"
             "let exchanges in progress end; a second one ends it at once. A model is split among\n"
-            "as many servers as the workers list."
+            "as many servers as the workers list.\n\n"
+            "With --state-dir, nothing that was acknowledged is lost, whatever ends the process:\n"
+            "start the same command again, and workers go on where they were. Without it the\n"
+            "model is in memory only. If the folder's disk fails, the server ends with code 1."
         ),
         example=EXAMPLE,
     )
@@ -66,6 +75,27 @@ def add_parser(subparsers: SubParsers[argparse.ArgumentParser]) -> None:
         type=Path,
         metavar="FILE",
         help="safetensors file with the model to start from (default: the first worker's)",
+    )
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep the state in this folder; what it holds goes before --init",
+    )
+    parser.add_argument(
+        "--snapshot-interval",
+        type=positive_seconds,
+        default=storage.snapshot_interval_s,
+        metavar="S",
+        help="with --state-dir: seconds between two snapshots (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--lease",
+        type=non_negative_seconds,
+        default=config.lease_s,
+        metavar="S",
+        help="close sessions that have not exchanged for so many seconds, to free their memory; "
+        "their workers join again if they come back; 0: never (default: %(default)g)",
     )
     parser.add_argument(
         "--max-workers",
@@ -87,14 +117,28 @@ def add_parser(subparsers: SubParsers[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the command."""
-    config = ServerConfig(max_workers=args.max_workers, hash_interval=args.hash_interval)
+    config = ServerConfig(
+        max_workers=args.max_workers, hash_interval=args.hash_interval, lease_s=args.lease
+    )
+    storage = StorageConfig(snapshot_interval_s=args.snapshot_interval)
     host, _ = split_address(args.listen, port_zero=True)
-    core = ParameterServer(config, init=_initial(args.init) if args.init else None)
     if args.verbose:
         logging.getLogger("dgs").setLevel(logging.INFO)
+
+    def wrap(handler: Handler) -> Handler:
+        handler = _NamingInit(handler, args.init) if args.init else handler
+        return _Chronicle(handler) if args.verbose else handler
+
     with _signals() as signals:
-        handler: Handler = _NamingInit(core, args.init) if args.init else core
-        handle = serve_handler(_Chronicle(handler) if args.verbose else handler, args.listen)
+        handle = serve(
+            args.listen,
+            init=_initial(args.init) if args.init else None,
+            config=config,
+            state_dir=args.state_dir,
+            storage=storage,
+            wrap=wrap,
+            on_trouble=lambda trouble: signals.put(0),
+        )
         if not is_loopback(host):
             note(
                 f"warning: {handle.address} is not confined to this machine, and there is neither "
@@ -105,6 +149,8 @@ def run(args: argparse.Namespace) -> int:
         signals.get()
         logger.info("ending; exchanges in progress have %g s", DRAIN_S)
         handle.stop(DRAIN_S)
+    if handle.trouble:
+        raise StateError(handle.trouble)
     return 0
 
 
@@ -165,17 +211,17 @@ class _NamingInit:
     The server itself knows tensors only.
     """
 
-    def __init__(self, core: ParameterServer, path: Path) -> None:
+    def __init__(self, core: Handler, path: Path) -> None:
         self._core = core
         self._path = path
+        self._look = LocalTransport(core)
 
     def handle(self, method: str, request: bytes) -> bytes:
         """Answer one request."""
-        started = self._core.ready
         try:
             return self._core.handle(method, request)
         except ModelMismatchError as error:
-            if started:
+            if server_status(self._look, timeout_s=1.0).ready:
                 raise
             text = f"the server starts from {self._path}, which is not this worker's model: {error}"
             note(f"refused a worker: {text}")

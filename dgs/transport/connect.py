@@ -12,7 +12,7 @@ from dgs.errors import ConfigError
 from dgs.transport.base import Transport
 from dgs.transport.guard import Handler
 from dgs.transport.local import LocalTransport
-from dgs.transport.options import QUIET_GRPC
+from dgs.transport.options import KEEPALIVES, QUIET_GRPC
 from dgs.transport.retry import RetryingTransport
 
 __all__ = ["Servers", "connect", "split_addresses"]
@@ -69,7 +69,8 @@ def _transport(server: object, retry: RetryConfig) -> Transport:
         os.environ.setdefault(*QUIET_GRPC)  # read when grpc is imported, so it comes first
         from dgs.transport.grpc_client import GrpcTransport  # not needed without a network
 
-        return RetryingTransport(GrpcTransport(server), retry, random=Random())
+        inner = GrpcTransport(server, keepalive=KEEPALIVES[retry.keepalive])
+        return RetryingTransport(inner, retry, random=Random())
     if isinstance(server, Transport):
         return server
     if hasattr(server, "handle"):

@@ -26,7 +26,7 @@ from dgs.errors import (
 from dgs.transport.address import UnresolvedNameError, join_address, split_address
 from dgs.transport.base import Method, Traffic
 from dgs.transport.chunks import CHUNK_BYTES, assemble, split, wrap
-from dgs.transport.options import client_options
+from dgs.transport.options import KEEPALIVES, Keepalive, client_options
 
 __all__ = ["GrpcTransport"]
 
@@ -45,18 +45,26 @@ class GrpcTransport:
     because a gRPC channel may take long to notice that a server is back.
     """
 
-    def __init__(self, address: str, *, max_reply_bytes: int = _LARGEST_REPLY_BYTES) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        max_reply_bytes: int = _LARGEST_REPLY_BYTES,
+        keepalive: Keepalive = KEEPALIVES["steady"],
+    ) -> None:
         """Name the server; nothing is opened yet.
 
         Args:
             address: ``HOST:PORT``.
             max_reply_bytes: most bytes of a reply; a longer one raises `TooLargeError`.
+            keepalive: how soon a link that was silently cut is noticed.
 
         Raises:
             ConfigError: the address is not HOST:PORT.
         """
         self._address = join_address(*split_address(address))
         self._max_reply_bytes = max_reply_bytes
+        self._options = client_options(keepalive)
         self._traffic = Traffic()
         self._lock = threading.Lock()
         self._channel: grpc.Channel | None = None
@@ -131,7 +139,7 @@ class GrpcTransport:
             if self._channel is None:
                 # The scheme keeps gRPC from reading a host such as "unix" as something else.
                 target = f"dns:///{self._address}"
-                self._channel = grpc.insecure_channel(target, options=client_options())
+                self._channel = grpc.insecure_channel(target, options=self._options)
                 self._pid = os.getpid()
             return self._channel
 

@@ -1,170 +1,89 @@
-"""The gRPC shell around a server's core.
+"""A server's core, served over gRPC.
 
 Every error leaves as a status code, a text and the trailing metadata `dgs-reason`; nothing else
-about the server does. Requests are put together within the core's limit, and within a time limit,
-by threads; the core itself is called by one of them at a time.
+about the server does. Requests are put together by threads within the core's limit, a time limit,
+and a limit on the bytes of all of them; the core itself is called by one thread at a time.
 """
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 
 import grpc
 
-from dgs.errors import ConfigError, DgsError, ServerUnavailableError, TooLargeError
+from dgs.errors import ConfigError, DgsError
 from dgs.transport.address import check_listenable, join_address, split_address
-from dgs.transport.base import Method
-from dgs.transport.chunks import assemble, split
-from dgs.transport.guard import GuardedHandler, Handler, defect
-from dgs.transport.options import CONTROL_LIMIT_BYTES, server_options
+from dgs.transport.admission import InFlight
+from dgs.transport.grpc_health import HealthService
+from dgs.transport.grpc_shell import SERVICE, Shell
+from dgs.transport.guard import GuardedHandler, Handler
+from dgs.transport.options import server_options
+from dgs.transport.stalls import StallGuard
 
 __all__ = ["GrpcServerHandle", "Handler", "serve_handler"]
 
-_SERVICE = "dgs.v1.ParameterServer"
-_REASON_KEY = "dgs-reason"
+_IN_FLIGHT_BYTES = 1 << 30
 
 
-class _StallGuard:
-    """Cancel calls whose request does not arrive whole in time, so that they free their thread."""
+@dataclass(frozen=True)
+class _Parts:
+    """What runs beside the gRPC server and ends after it."""
 
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s
-        self._lock = threading.Lock()
-        self._deadlines: dict[grpc.ServicerContext, float] = {}
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="dgs-stall-guard", daemon=True)
-        self._thread.start()
+    guard: GuardedHandler
+    stalls: StallGuard
+    in_flight: InFlight
+    health: HealthService
+    pools: tuple[ThreadPoolExecutor, ...]
 
-    @contextmanager
-    def watch(self, context: grpc.ServicerContext) -> Iterator[None]:
-        with self._lock:
-            self._deadlines[context] = time.monotonic() + self._limit_s
-        try:
-            yield
-        finally:
-            with self._lock:
-                in_time = self._deadlines.pop(context, None) is not None
-        # To the reader, a stream cut by a cancellation may look like one that has ended.
-        if not in_time:
-            raise ServerUnavailableError(f"the request took longer than {self._limit_s:g} s")
-
-    def stop(self) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stopped.wait(self._limit_s / 8):
-            now = time.monotonic()
-            with self._lock:
-                late = [context for context, until in self._deadlines.items() if until < now]
-                for context in late:
-                    del self._deadlines[context]
-            for context in late:
-                context.cancel()
-
-
-class _Shell:
-    """Carry requests from gRPC to the guard, and replies and errors back."""
-
-    def __init__(self, guard: GuardedHandler, stalls: _StallGuard) -> None:
-        self._guard = guard
-        self._stalls = stalls
-
-    def handlers(self) -> grpc.GenericRpcHandler:
-        """Return the service, bytes in and bytes out."""
-        by_name = {
-            method.value: grpc.stream_stream_rpc_method_handler(self._streamed(method.value))
-            if method.streamed
-            else grpc.unary_unary_rpc_method_handler(self._unary(method.value))
-            for method in Method
-        }
-        return grpc.method_handlers_generic_handler(_SERVICE, by_name)
-
-    def _unary(self, method: str) -> Callable[[bytes, grpc.ServicerContext], bytes]:
-        def serve(request: bytes, context: grpc.ServicerContext) -> bytes:
-            return self._answer(method, context, lambda: request, CONTROL_LIMIT_BYTES)
-
-        return serve
-
-    def _streamed(
-        self, method: str
-    ) -> Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]:
-        def serve(chunks: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-            # A client that breaks off can make its request look complete; the frame inside it has
-            # its own length and checksum, so the handler refuses such a piece.
-            def read() -> bytes:
-                limit_bytes = self._guard.max_request_bytes(method)
-                with self._stalls.watch(context):
-                    return assemble(chunks, limit_bytes, f"the request of {method}")
-
-            return split(self._answer(method, context, read, None))
-
-        return serve
-
-    def _answer(
-        self,
-        method: str,
-        context: grpc.ServicerContext,
-        read: Callable[[], bytes],
-        reply_limit_bytes: int | None,
-    ) -> bytes:
-        error: DgsError
-        try:
-            reply = self._guard.handle(method, read(), context.is_active)
-            if reply_limit_bytes is None or len(reply) <= reply_limit_bytes:
-                return reply
-            error = TooLargeError(f"the reply of {method} exceeds {reply_limit_bytes} bytes")
-        except DgsError as raised:
-            error = raised
-        except grpc.RpcError:
-            error = ServerUnavailableError(f"the request of {method} did not arrive whole")
-        except BaseException:  # a thread of the pool that dies would leave its call open for ever
-            error = defect(method)
-        context.set_trailing_metadata(((_REASON_KEY, error.reason),))
-        context.abort(grpc.StatusCode[error.code], str(error))
-        raise AssertionError("abort returned")
+    def end_threads(self) -> None:
+        self.stalls.stop()
+        self.health.close()
+        for pool in self.pools:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 class GrpcServerHandle:
     """A running server; leave its `with` block, or call `stop`, to end it."""
 
-    def __init__(
-        self,
-        address: str,
-        server: grpc.Server,
-        pool: ThreadPoolExecutor,
-        guard: GuardedHandler,
-        stalls: _StallGuard,
-    ) -> None:
+    def __init__(self, address: str, server: grpc.Server, parts: _Parts) -> None:
         """Take over a started server; `serve_handler` does this."""
         self._address = address
         self._server = server
-        self._pool = pool
-        self._guard = guard
-        self._stalls = stalls
+        self._parts = parts
 
     @property
     def address(self) -> str:
         """Return the bound ``HOST:PORT``."""
         return self._address
 
+    @property
+    def in_flight(self) -> InFlight:
+        """Return the count of the bytes of requests that are arriving or waiting."""
+        return self._parts.in_flight
+
+    def set_serving(self, serving: bool) -> None:
+        """Tell the probes of `grpc.health.v1.Health` whether to send work here; it begins as true.
+
+        Calls are answered either way. After `stop` has begun, probes are told that it is not.
+        """
+        self._parts.health.set_serving(serving)
+
     def stop(self, grace_s: float = 5.0) -> None:
         """Refuse new calls, let those in progress end, free the port; repeated calls do nothing.
+
+        Those who watch the server's health are told first.
 
         When this returns, the handler is not being called and never will be again.
 
         Args:
             grace_s: seconds that calls in progress may take; then they are cancelled.
         """
+        self._parts.health.drain()
         self._server.stop(grace_s).wait()
-        self._guard.close()
-        self._stalls.stop()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._parts.guard.close()
+        self._parts.end_threads()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Block until the server has stopped.
@@ -198,6 +117,8 @@ def serve_handler(
     max_workers_threads: int = 32,
     max_concurrent_calls: int = 256,
     upload_limit_s: float = 600.0,
+    stall_limit_s: float = 60.0,
+    max_in_flight_bytes: int = _IN_FLIGHT_BYTES,
 ) -> GrpcServerHandle:
     """Answer calls at an address until the returned handle is stopped.
 
@@ -205,10 +126,15 @@ def serve_handler(
         handler: the server's core; only one thread at a time calls it. Give a `GuardedHandler` if
             local transports reach the same core.
         address: ``HOST:PORT`` to listen on; port 0 lets the system choose.
-        max_workers_threads: requests that can arrive at the same time. A slow upload holds one
-            thread, so this is more than the number of cores.
-        max_concurrent_calls: calls beyond this many are told at once to try again later.
-        upload_limit_s: seconds within which a streamed request must have arrived whole.
+        max_workers_threads: streamed requests that can arrive at the same time. A slow upload holds
+            one thread, so this is more than the number of cores.
+        max_concurrent_calls: calls beyond this many are told at once to try again later; Join,
+            Leave and Status are counted by themselves.
+        upload_limit_s: seconds within which a request must have arrived whole.
+        stall_limit_s: seconds from one piece of a request or a reply to the next, each of at most
+            1 MiB, after which the call is cut.
+        max_in_flight_bytes: bytes of streamed requests that may be arriving or waiting at a time;
+            more are told to try again later. One request alone may exceed it.
 
     Raises:
         ConfigError: the address is malformed, or is not one of this machine's.
@@ -216,18 +142,34 @@ def serve_handler(
     """
     host, port = split_address(address, port_zero=True)
     check_listenable(host, port)
-    pool = ThreadPoolExecutor(max_workers_threads, thread_name_prefix="dgs-rpc")
-    server = grpc.server(
-        pool, options=server_options(), maximum_concurrent_rpcs=max_concurrent_calls
-    )
-    try:
-        bound = server.add_insecure_port(join_address(host, port))
-    except RuntimeError as error:
-        pool.shutdown(wait=False)
-        check_listenable(host, port)
-        raise ConfigError(f"cannot listen on {address}: {error}") from error
+    in_flight = InFlight(max_in_flight_bytes)
     guard = handler if isinstance(handler, GuardedHandler) else GuardedHandler(handler)
-    stalls = _StallGuard(upload_limit_s)
-    server.add_generic_rpc_handlers((_Shell(guard, stalls).handlers(),))
+    stalls = StallGuard(min(stall_limit_s, upload_limit_s))
+    shell = Shell(
+        guard,
+        stalls,
+        in_flight,
+        threads=max_workers_threads,
+        most_calls=max_concurrent_calls,
+        upload_limit_s=upload_limit_s,
+    )
+    health = HealthService(SERVICE, stalls=stalls)
+    parts = _Parts(guard, stalls, in_flight, health, shell.pools)
+    server = grpc.server(shell.pools[0], options=server_options())
+    try:
+        bound = _bind(server, host, port)
+    except DgsError:
+        parts.end_threads()
+        raise
+    server.add_generic_rpc_handlers((shell, health.handlers()))
     server.start()
-    return GrpcServerHandle(join_address(host, bound), server, pool, guard, stalls)
+    return GrpcServerHandle(join_address(host, bound), server, parts)
+
+
+def _bind(server: grpc.Server, host: str, port: int) -> int:
+    """Let a server listen; return the port."""
+    try:
+        return int(server.add_insecure_port(join_address(host, port)))
+    except RuntimeError as error:
+        check_listenable(host, port)
+        raise ConfigError(f"cannot listen on {join_address(host, port)}: {error}") from error

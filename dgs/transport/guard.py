@@ -10,21 +10,25 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from dgs.errors import (
     DgsError,
     InternalError,
     ServerUnavailableError,
+    StateError,
     TooLargeError,
     error_from_wire,
 )
 
-__all__ = ["GuardedHandler", "Handler", "defect"]
+__all__ = ["GuardedHandler", "Handler", "Journal", "Unkept", "defect"]
 
 _LOG = logging.getLogger("dgs.server")
 _LONGEST_TEXT = 2000
+_TELLS_NO_STATE = frozenset({"Status"})
+"""Answered also while nothing can be kept: it is how one learns of that."""
 
 
 class Handler(Protocol):
@@ -47,6 +51,32 @@ class Handler(Protocol):
         ...
 
 
+class Journal(Protocol):
+    """Where the handler's changes are kept; a reply must not overtake them."""
+
+    @property
+    def position(self) -> int:
+        """Number of changes so far; asked in the turn of the request that made the last one."""
+        ...
+
+    def wait(self, position: int) -> None:
+        """Return once so many changes are kept, whichever thread asks.
+
+        Raises:
+            StateError: they cannot be.
+        """
+        ...
+
+
+class Unkept:
+    """The journal of a state that is in memory only."""
+
+    position = 0
+
+    def wait(self, position: int) -> None:
+        """Return at once."""
+
+
 def defect(what: str) -> InternalError:
     """Log the exception being handled under a fresh number, and return an error that only names it.
 
@@ -65,19 +95,28 @@ def _portable(error: DgsError) -> DgsError:
     return error_from_wire(error.reason, text)
 
 
+def _unkept(error: StateError) -> ServerUnavailableError:
+    """Return what a client is told: the same request is right once the server can keep it."""
+    _LOG.info("nothing is acknowledged: %s", error)
+    return ServerUnavailableError("the server cannot keep what it is sent at the moment")
+
+
 class GuardedHandler:
     """Serialise the calls of a handler, bound their size, and let only `DgsError` out.
 
-    Transports in several threads that reach one handler must share one guard.
+    Transports in several threads that reach one handler must share one guard. While one request
+    waits for the journal, others have their turn.
     """
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, handler: Handler, journal: Journal | None = None) -> None:
         """Guard a handler.
 
         Args:
             handler: the core; from now on it is called through this guard only.
+            journal: keeps what the handler changes; None if nothing does.
         """
         self._handler = handler
+        self._journal = journal or Unkept()
         self._lock = threading.Lock()
         self._closed = False
 
@@ -100,17 +139,45 @@ class GuardedHandler:
         limit_bytes = self.max_request_bytes(method)
         if len(request) > limit_bytes:
             raise TooLargeError(f"the request of {method} exceeds the limit of {limit_bytes} bytes")
+        position = 0
+        try:
+            with self.turn():
+                if not wanted():
+                    raise ServerUnavailableError("the caller has gone")
+                try:
+                    return bytes(self._handler.handle(method, request))
+                finally:
+                    position = self._journal.position
+        except StateError as error:
+            raise _unkept(error) from error
+        except DgsError as error:
+            raise _portable(error) from error
+        except Exception as error:
+            raise defect(method) from error
+        finally:
+            if method not in _TELLS_NO_STATE:
+                self._keep(position)
+
+    def _keep(self, position: int) -> None:
+        """Wait until nothing that a reply, or a refusal, may tell of can be lost."""
+        try:
+            self._journal.wait(position)
+        except StateError as error:
+            raise _unkept(error) from error
+        except Exception as error:
+            raise defect("the log") from error
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Keep all requests waiting.
+
+        Raises:
+            ServerUnavailableError: the guard is closed.
+        """
         with self._lock:
             if self._closed:
                 raise ServerUnavailableError("the server is stopping")
-            if not wanted():
-                raise ServerUnavailableError("the caller has gone")
-            try:
-                return bytes(self._handler.handle(method, request))
-            except DgsError as error:
-                raise _portable(error) from error
-            except Exception as error:
-                raise defect(method) from error
+            yield
 
     def max_request_bytes(self, method: str) -> int:
         """Return the handler's limit.

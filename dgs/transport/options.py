@@ -7,9 +7,14 @@ here, once, and a test looks each name up in the installed library.
 
 from __future__ import annotations
 
+from types import MappingProxyType
+from typing import NamedTuple
+
 __all__ = [
     "CONTROL_LIMIT_BYTES",
+    "KEEPALIVES",
     "QUIET_GRPC",
+    "Keepalive",
     "client_options",
     "server_options",
 ]
@@ -21,16 +26,37 @@ QUIET_GRPC = ("GRPC_VERBOSITY", "NONE")
 """Environment variable, and the value with which gRPC's own log stays off the user's terminal: what
 is in it ("Got goaway ...") becomes an error in plain words anyway."""
 
-_KEEPALIVE_S = 30.0
-_KEEPALIVE_TIMEOUT_S = 10.0
-_SHORTEST_PING_INTERVAL_S = 10.0
+
+class Keepalive(NamedTuple):
+    """When a side that hears nothing asks whether the other is there, and how long it waits."""
+
+    after_s: float
+    timeout_s: float
+
+    @property
+    def notice_s(self) -> float:
+        """Return the seconds within which a link that was silently cut is noticed.
+
+        Example:
+            >>> KEEPALIVES["steady"].notice_s, KEEPALIVES["fast"].notice_s
+            (40.0, 15.0)
+        """
+        return self.after_s + self.timeout_s
+
+
+KEEPALIVES = MappingProxyType({"steady": Keepalive(10.0, 30.0), "fast": Keepalive(5.0, 10.0)})
+"""By the names that `dgs.config.RetryConfig.keepalive` may have. The timeouts are the longer parts,
+because on a slow link a ping waits behind what is being uploaded."""
+
+_SHORTEST_PING_INTERVAL_S = 2.5
+_WINDOW_BYTES = 16 << 20
 _HANDSHAKE_S = 10.0
 _STREAMS_PER_CONNECTION = 64
 _CONNECTIONS = 4096
 _METADATA_BYTES = 16 << 10
-_FIRST_RECONNECT_S = 0.5
-_CONNECT_ATTEMPT_S = 5.0
-_LONGEST_RECONNECT_S = 5.0
+_FIRST_RECONNECT_S = 0.2
+_CONNECT_ATTEMPT_S = 2.0
+_LONGEST_RECONNECT_S = 1.0
 
 _Options = tuple[tuple[str, int], ...]
 
@@ -39,10 +65,10 @@ def _ms(seconds: float) -> int:
     return round(seconds * 1000)
 
 
-def _common() -> _Options:
+def _common(keepalive: Keepalive) -> _Options:
     return (
-        ("grpc.keepalive_time_ms", _ms(_KEEPALIVE_S)),
-        ("grpc.keepalive_timeout_ms", _ms(_KEEPALIVE_TIMEOUT_S)),
+        ("grpc.keepalive_time_ms", _ms(keepalive.after_s)),
+        ("grpc.keepalive_timeout_ms", _ms(keepalive.timeout_s)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.max_receive_message_length", CONTROL_LIMIT_BYTES),
         ("grpc.max_send_message_length", CONTROL_LIMIT_BYTES),
@@ -51,14 +77,14 @@ def _common() -> _Options:
 
 
 def server_options() -> _Options:
-    """Return the options of a server.
+    """Return the options of a server; it tolerates the pings of every client in `KEEPALIVES`.
 
     Example:
         >>> dict(server_options())["grpc.so_reuseport"]
         0
     """
     return (
-        *_common(),
+        *_common(KEEPALIVES["steady"]),
         # With the default, a second server takes the same port and gets half of the calls.
         ("grpc.so_reuseport", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", _ms(_SHORTEST_PING_INTERVAL_S)),
@@ -68,15 +94,24 @@ def server_options() -> _Options:
     )
 
 
-def client_options() -> _Options:
+def client_options(keepalive: Keepalive = KEEPALIVES["steady"]) -> _Options:
     """Return the options of a client.
+
+    Args:
+        keepalive: how soon a silent link is noticed.
 
     Example:
         >>> dict(client_options())["grpc.enable_retries"]
         0
     """
     return (
-        *_common(),
+        *_common(keepalive),
+        # Without this, an unanswered ping is waited for for a minute, whatever stands above.
+        ("grpc.http2.ping_timeout_ms", _ms(keepalive.timeout_s)),
+        # gRPC would also ping in the middle of a reply, to tune its window; on a slow link the
+        # answer comes behind all that the reply has queued, too late for a short timeout.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
         # Without traffic, pings go on: a silent link must be noticed while a call waits.
         ("grpc.http2.max_pings_without_data", 0),
         # gRPC's own retries stop silently above 256 KiB, so they are left out altogether.
@@ -85,6 +120,8 @@ def client_options() -> _Options:
         ("grpc.enable_http_proxy", 0),
         # A rebuilt channel must not inherit the back-off of the one it replaces.
         ("grpc.use_local_subchannel_pool", 1),
+        # A server that is back must be found well within 5 s: the wait of the channel and that of
+        # `RetryConfig.longest_wait_s` may come one after the other.
         ("grpc.initial_reconnect_backoff_ms", _ms(_FIRST_RECONNECT_S)),
         ("grpc.min_reconnect_backoff_ms", _ms(_CONNECT_ATTEMPT_S)),
         ("grpc.max_reconnect_backoff_ms", _ms(_LONGEST_RECONNECT_S)),

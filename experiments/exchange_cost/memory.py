@@ -57,7 +57,7 @@ def _row(sizes: Sequence[int], density: float) -> Report:
             site.exchange()
     sites[0].collect()  # the update is held until its reply is there
     worker = held_bytes(sites[0].worker) - 8 * total
-    sessions = list(server._registry.sessions())
+    sessions = list(server.state.registry.sessions())
     return {
         "density": density,
         "worker_bytes_beyond_velocity_and_base": worker,

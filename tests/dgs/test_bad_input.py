@@ -215,11 +215,11 @@ class Damaged:
 
     def refuses(self, frame: bytes, error: type[DgsError], message: str) -> None:
         """Check the error, the state, the count, and that the honest frame still goes through."""
-        before, refused = self.state(), self.servers[0]._totals.refused
+        before, refused = self.state(), self.servers[0].state.totals.refused
         with pytest.raises(error, match=message):
             self.servers[0].handle("Exchange", frame)
         assert self.state() == before
-        assert self.servers[0]._totals.refused == refused + 1
+        assert self.servers[0].state.totals.refused == refused + 1
 
     def changed(self, **fields: Any) -> bytes:
         """Re-encode the honest frame with other header fields."""

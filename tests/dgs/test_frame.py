@@ -23,6 +23,7 @@ from dgs.config import Values
 from dgs.errors import ChecksumError, DgsError, MalformedError, TooLargeError
 from dgs.frame import (
     HEADER_BYTES,
+    MAX_CURSOR_BYTES,
     Frame,
     FrameKind,
     Header,
@@ -76,13 +77,16 @@ def with_checksum(data: bytes | bytearray) -> bytes:
     return bytes(data[:92]) + checksum.to_bytes(4, "little") + bytes(data[96:])
 
 
-@given(headers(), st.binary(min_size=32, max_size=60), st.integers(0, 3))
-def test_every_frame_comes_back(header: Header, body: bytes, tail: int) -> None:
+@given(headers(), st.binary(min_size=32, max_size=60), st.integers(0, 3), st.binary(max_size=40))
+def test_every_frame_comes_back(header: Header, body: bytes, tail: int, cursor: bytes) -> None:
     values = np.arange(tail, dtype=np.float32)
-    data = encode_frame(header, body, values)
+    cursor = cursor if header.kind is FrameKind.UPDATE else b""
+    data = encode_frame(header, body, values, cursor)
     frame = decode_frame(data)
-    assert frame.header == dataclasses.replace(header, body_bytes=len(body), tail=tail)
+    lengths = {"body_bytes": len(body), "tail": tail, "cursor_bytes": len(cursor)}
+    assert frame.header == dataclasses.replace(header, **lengths)
     assert bytes(frame.body) == body
+    assert bytes(frame.cursor) == cursor
     assert np.array_equal(frame.tail, values)
     assert frame.header.frame_bytes == len(data)
     assert peek_header(data[:HEADER_BYTES]) == frame.header
@@ -101,7 +105,7 @@ def test_no_frame_is_longer_than_the_bound(
     indices = np.flatnonzero(np.random.default_rng(size).random(size) < density)
     body = encode_body(indices, np.ones(indices.size), sizes, values).body
     header = Header(kind=FrameKind.UPDATE, values=values, size=size, nnz=indices.size)
-    update = encode_frame(header, body, np.zeros(tail, np.float32))
+    update = encode_frame(header, body, np.zeros(tail, np.float32), bytes(MAX_CURSOR_BYTES))
     bound = max_frame_bytes(size, len(sizes), tail)
     assert len(update) <= bound
     header = Header(kind=FrameKind.MODEL, values="float32", size=size + tail, nnz=size + tail)
@@ -138,11 +142,13 @@ def test_header_lies_where_the_format_says() -> None:
 
 @given(headers(), U64)
 def test_restamped_frame_differs_in_the_incarnation_only(header: Header, incarnation: int) -> None:
-    before = encode_frame(header, bytes(32), bytes(8))
+    cursor = b"epoch 3" if header.kind is FrameKind.UPDATE else b""
+    before = encode_frame(header, bytes(32), bytes(8), cursor)
     after = decode_frame(restamp(before, incarnation))
     expected = decode_frame(before)
     header = dataclasses.replace(expected.header, incarnation=incarnation)
     assert (after.header, bytes(after.body)) == (header, bytes(expected.body))
+    assert bytes(after.cursor) == bytes(expected.cursor) == cursor
     assert restamp(restamp(before, incarnation), expected.header.incarnation) == before
 
 
@@ -187,7 +193,7 @@ def test_tail_of_broken_values_is_not_written() -> None:
         (6, 6, "value kind 6"),
         (7, 6, "reserved bits"),
         (7, 0, "a hash, but not the flag"),
-        (88, 1, "reserved bits"),
+        (88, 1, "bytes received of a frame"),
         (56, 7, "7 entries do not fit 6"),
         (64, 3, "bytes received of a frame"),
         (72, 0, "bytes received of a frame"),
@@ -199,6 +205,52 @@ def test_headers_that_break_a_rule_are_refused_by_name(at: int, byte: int, messa
     data[at] = byte
     with pytest.raises(MalformedError, match=message):
         decode_frame(with_checksum(data))
+
+
+def update_with_cursor(cursor: bytes) -> bytes:
+    header = Header(kind=FrameKind.UPDATE, values="int8", size=0, nnz=0)
+    return encode_frame(header, b"", np.zeros(1, np.float32), cursor)
+
+
+@pytest.mark.parametrize("kind", [FrameKind.DIFFERENCE, FrameKind.MODEL])
+def test_only_updates_have_a_cursor(kind: FrameKind) -> None:
+    header = Header(kind=kind, values="float32", size=0, nnz=0)
+    with pytest.raises(MalformedError, match=f"a cursor is for UPDATE, not for {kind.name}"):
+        encode_frame(header, b"", b"", b"x")
+    data = bytearray(encode_frame(header, b"") + b"x")
+    data[88] = 1
+    for read in (lambda: decode_frame(with_checksum(data)), lambda: peek_header(data)):
+        with pytest.raises(MalformedError, match=f"a cursor is for UPDATE, not for {kind.name}"):
+            read()
+
+
+def test_a_cursor_has_at_most_4096_bytes() -> None:
+    longest = bytes(range(256)) * 16
+    assert bytes(decode_frame(update_with_cursor(longest)).cursor) == longest
+    with pytest.raises(MalformedError, match="a cursor of 4097 bytes exceeds the limit of 4096"):
+        update_with_cursor(bytes(4097))
+    data = bytearray(update_with_cursor(longest) + b"x")
+    data[88] += 1
+    with pytest.raises(MalformedError, match="a cursor of 4097 bytes exceeds the limit of 4096"):
+        decode_frame(with_checksum(data))
+
+
+def test_a_cursor_of_another_length_than_announced_is_refused() -> None:
+    data = update_with_cursor(b"abcd")
+    for changed, length in ((data[:-1], 103), (data + b"e", 105)):
+        with pytest.raises(MalformedError, match=f"{length} bytes received of a frame of 104"):
+            decode_frame(with_checksum(changed))
+        with pytest.raises(ChecksumError):
+            decode_frame(changed)
+
+
+def test_every_changed_byte_of_a_cursor_is_noticed() -> None:
+    data = update_with_cursor(b"abcd")
+    for at in range(len(data) - 4, len(data)):
+        damaged = bytearray(data)
+        damaged[at] ^= 1
+        with pytest.raises(ChecksumError):
+            decode_frame(damaged)
 
 
 def test_cut_and_lengthened_frames_are_refused() -> None:
@@ -265,7 +317,7 @@ def test_every_changed_byte_with_a_right_checksum_is_read_or_refused() -> None:
 @settings(max_examples=200)
 @given(st.data())
 def test_random_damage_with_a_right_checksum_is_read_or_refused(data: st.DataObject) -> None:
-    frame = bytearray(small_frame())
+    frame = bytearray(data.draw(st.sampled_from([small_frame(), update_with_cursor(b"abcd")])))
     for _ in range(data.draw(st.integers(1, 5))):
         at = data.draw(st.integers(0, len(frame)))
         frame[at : at + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
@@ -330,6 +382,10 @@ def _contents() -> dict[str, dict[str, Any]]:
             "kind": 2, "code": "sign", "sizes": [50, 50], "fields": session, "tail": [1.0],
             "indices": [2, 3, 4, 60, 99], "values": [1.0, -1.0, 0.5, 1e-44, -1e-44],
         },
+        "update-cursor": {
+            "kind": 1, "code": "float32", "sizes": [8], "tail": [0.5], "fields": session,
+            "indices": [2, 5], "values": [1.0, -2.0], "cursor": "epoch 3, batch 141",
+        },
         "model": {
             "kind": 3, "code": "float32", "sizes": [2, 1], "fields": worker, "tail": [9.0],
             "indices": [0, 1, 2], "values": [0.1, -0.2, 0.30000001192092896],
@@ -354,7 +410,7 @@ def _encode(content: dict[str, Any]) -> tuple[bytes, np.ndarray]:
     if header.kind is FrameKind.MODEL:
         return encode_frame(header, values, tail), values
     body, decoded = encode_body(indices, values, content["sizes"], content["code"])
-    return encode_frame(header, body, tail), decoded
+    return encode_frame(header, body, tail, content.get("cursor", "").encode()), decoded
 
 
 def _read(frame: Frame, sizes: list[int]) -> tuple[list[int], np.ndarray]:
@@ -399,6 +455,7 @@ def test_golden_frame_reads_as_described(name: str, golden: dict[str, Any]) -> N
     assert indices == content.get("indices", [])
     assert values.tobytes() == np.array(content["decoded"], np.float32).tobytes()
     assert frame.tail.tolist() == content.get("tail", [])
+    assert bytes(frame.cursor).decode() == content.get("cursor", "")
     fields = {k: getattr(frame.header, k) for k in content["fields"]}
     assert (frame.header.kind, frame.header.values) == (content["kind"], content["code"])
     assert fields == content["fields"]

@@ -285,8 +285,8 @@ def test_counted_bytes_are_those_that_the_transports_carried(num_shards: int) ->
         site.worker.absorb(replies)
         up, down = up + sum(map(len, frames)), down + sum(map(len, replies))
     assert (site.client.bytes_up, site.client.bytes_down) == (up, down)
-    assert sum(s._totals.bytes_up for s in servers) == up
-    assert sum(s._totals.bytes_down for s in servers) == down
+    assert sum(s.state.totals.bytes_up for s in servers) == up
+    assert sum(s.state.totals.bytes_down for s in servers) == down
     assert sum(t.traffic.up_bytes[Method.EXCHANGE] for t in site.transports) == up
 
 

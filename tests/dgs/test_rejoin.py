@@ -18,7 +18,7 @@ from dgs.errors import FencedError, NonFiniteError, NotReadyError, ServerUnavail
 from dgs.transport.base import Method
 from dgs.transport.connect import Servers
 from dgs.transport.local import LocalTransport
-from tests.helpers.sites import make_servers, overwrite, sessions
+from tests.helpers.sites import make_servers, model_of, overwrite, sessions
 from tests.helpers.training import Batches, flat, make_model, train_step, wrap
 
 STEPS = 5
@@ -202,11 +202,11 @@ def test_a_dropped_session_is_joined_again_counted_and_keeps_what_was_not_sent()
     opt = wrap(model, server, worker="w")
     for _ in range(3):
         train_step(model, opt, data)
-    server._registry.discard(next(server._registry.sessions()))
+    server.state.registry.discard(next(server.state.registry.sessions()))
     train_step(model, opt, data)
     assert opt.stats.rejoins == 1
     assert velocity(opt).any()
-    assert torch.equal(flat(model), torch.from_numpy(np.array(server._model)))
+    assert torch.equal(flat(model), torch.from_numpy(np.array(model_of(server))))
     for _ in range(3):
         train_step(model, opt, data)
     assert (opt.stats.rejoins, opt.stats.resyncs) == (1, 0)
@@ -271,11 +271,11 @@ def test_workers_that_have_gone_silent_do_not_weigh_in_the_average_of_buffers() 
     opts = [wrap(make_normed(), server, worker=f"w{i}") for i in range(4)]
     model = make_normed()
     opt = wrap(model, server, worker="alive")
-    assert server._registry.num_active(server.version) == 5
+    assert server.state.registry.num_active(server.version) == 5
     data = Batches()
     for _ in range(41):
         train_step(model, opt, data)
-    assert server._registry.num_active(server.version) == 1
+    assert server.state.registry.num_active(server.version) == 1
     own = model[1].running_mean.clone()  # type: ignore[union-attr]
     train_step(model, opt, data)
     assert not torch.equal(model[1].running_mean, own)  # type: ignore[arg-type]
@@ -431,7 +431,7 @@ def test_a_session_dropped_after_it_exchanged_leaves_nothing_to_apply_twice() ->
     opt, _ = reopened(server, state)
     assert velocity(opt).any()  # nothing was applied since
     model_step(opt)
-    server._registry.discard(next(server._registry.sessions()))
+    server.state.registry.discard(next(server.state.registry.sessions()))
     opt.close(leave=False)
     opt, _ = reopened(server, state)
     assert not velocity(opt).any()

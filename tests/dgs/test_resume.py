@@ -13,6 +13,7 @@ import dgs
 from dgs.errors import ConfigError, ServerUnavailableError
 from dgs.transport.base import Method
 from dgs.transport.local import LocalTransport
+from tests.helpers.sites import model_of
 from tests.helpers.training import (
     Batches,
     MakeOptimizer,
@@ -102,9 +103,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     mean, expected = (r.models[0][1].running_mean for r in (stormy, calm))
     assert torch.equal(mean, expected)
     for a, b in zip(calm.shards, stormy.shards, strict=True):
-        assert a._model is not None
-        assert b._model is not None
-        assert a._model.tobytes() == b._model.tobytes()
+        assert model_of(a).tobytes() == model_of(b).tobytes()
         assert a.version == b.version
     assert stormy.opts[0].stats.steps == calm.opts[0].stats.steps
     ours, theirs = (r.opts[0]._exchanger._worker.state() for r in (calm, stormy))
@@ -124,7 +123,7 @@ def test_a_worker_without_a_name_takes_its_saved_one() -> None:
     again = wrap(make_model(2), server)
     again.load_state_dict(state)
     assert again.stats.rejoins == 0
-    assert [s.worker for s in server._registry.sessions()] == [state["dgs"]["worker"]]
+    assert [s.worker for s in server.state.registry.sessions()] == [state["dgs"]["worker"]]
     again.close()
 
 

@@ -10,7 +10,7 @@ import torch
 
 from dgs.client import Client
 from dgs.config import ServerConfig, WorkerConfig
-from dgs.registry import Session
+from dgs.session import Session
 from dgs.server import ParameterServer
 from dgs.space import ParameterSpace, TensorSpec
 from dgs.transport.base import Transport
@@ -88,7 +88,7 @@ def make_servers(count: int = 1, hash_interval: int = 1) -> list[ParameterServer
 
 def sessions(server: ParameterServer) -> Iterator[Session]:
     """Iterate over a server's live sessions."""
-    return server._registry.sessions()
+    return server.state.registry.sessions()
 
 
 def replica(servers: Sequence[ParameterServer], name: str) -> FloatArray:
@@ -97,10 +97,15 @@ def replica(servers: Sequence[ParameterServer], name: str) -> FloatArray:
     return np.concatenate(found)
 
 
+def model_of(server: ParameterServer) -> FloatArray:
+    """Return one shard's model, buffers included."""
+    assert server.state.shard is not None
+    return server.state.shard.model
+
+
 def server_model(servers: Sequence[ParameterServer]) -> FloatArray:
     """Concatenate the shards' models, buffers included."""
-    models = [s._model for s in servers]
-    return np.concatenate([m for m in models if m is not None])
+    return np.concatenate([model_of(s) for s in servers])
 
 
 def overwrite(server: ParameterServer, value: float) -> None:
@@ -108,8 +113,8 @@ def overwrite(server: ParameterServer, value: float) -> None:
     for session in sessions(server):
         session.record.materialise()
         session.record.version = -1  # before the log: all of the model may differ
-    assert server._shard is not None
-    server._shard.model[:] = value
+    assert server.state.shard is not None
+    server.state.shard.model[:] = value
 
 
 def gaussian(rng: np.random.Generator, size: int) -> FloatArray:

@@ -13,7 +13,7 @@ from dgs.errors import AddressInUseError, ConfigError, InternalError, ServerUnav
 from dgs.transport import GuardedHandler, Method
 from dgs.transport.chunks import wrap
 from dgs.transport.grpc_client import GrpcTransport
-from dgs.transport.grpc_server import GrpcServerHandle, _StallGuard, serve_handler
+from dgs.transport.grpc_server import GrpcServerHandle, StallGuard, serve_handler
 from tests.dgs.transport.test_chunks import BAD_CHUNKS
 from tests.helpers.echo import SECRET, EchoHandler
 
@@ -208,7 +208,7 @@ class Cancellable:
 
 
 def test_a_stream_cut_for_its_slowness_is_refused_even_if_it_looks_complete() -> None:
-    guard = _StallGuard(0.01)
+    guard = StallGuard(0.01)
     context = Cancellable()
     with pytest.raises(ServerUnavailableError, match="longer than"), guard.watch(context):
         assert context.cancelled.wait(TIMEOUT_S)

@@ -1,0 +1,110 @@
+"""A saved state is the state: whatever comes next is answered as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from dgs.config import ServerConfig
+from dgs.server import ParameterServer
+from dgs.state import SavedState, ServerState, fingerprint
+from tests.helpers.requests import Said, answer, halves, is_same, record
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"selection": "exact"},
+    {"download_density": 1.0},
+    {"download_density": 1.0, "values": "int8"},
+    {"values": "int4", "density": 1.0},
+    {"values": "sign", "selection": "exact"},
+]
+
+
+def fresh_server() -> ParameterServer:
+    return ParameterServer(ServerConfig(hash_interval=4), run=9)
+
+
+def carry_out(server: ParameterServer, said: list[Said]) -> None:
+    for one in said:
+        assert is_same(answer(server, one), one.reply)
+
+
+def rebuilt(saved: SavedState) -> ParameterServer:
+    """Rebuild a server from what a file could hold."""
+    facts = json.loads(json.dumps(saved.facts))
+    arrays = {
+        part: {name: a.copy() for name, a in compute().items()}
+        for part, compute in saved.arrays.items()
+    }
+    return ParameterServer.of(ServerState.restored(facts, arrays))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_restored_server_answers_everything_as_the_saved_one_does(
+    settings: dict[str, Any],
+) -> None:
+    said = record(**settings)
+    assert sum(one.method == "Exchange" for one in said) > 40
+    for before, after in halves(said, step=17):
+        server = fresh_server()
+        carry_out(server, before)
+        restored = rebuilt(server.state.save())
+        assert fingerprint(restored.state) == fingerprint(server.state)
+        carry_out(restored, after)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_saved_state_stays_what_it_was_while_the_server_goes_on(
+    settings: dict[str, Any],
+) -> None:
+    for before, after in halves(record(**settings), step=23):
+        server = fresh_server()
+        carry_out(server, before)
+        saved, then = server.state.save(), fingerprint(server.state)
+        carry_out(server, after)
+        assert fingerprint(rebuilt(saved).state) == then
+
+
+def test_saving_changes_nothing() -> None:
+    quiet, saved_often = fresh_server(), fresh_server()
+    for one in record():
+        answer(quiet, one)
+        saved_often.state.save()
+        answer(saved_often, one)
+    assert fingerprint(quiet.state) == fingerprint(saved_often.state)
+
+
+def test_only_requests_that_changed_the_state_are_counted_and_they_alone_give_it() -> None:
+    server, changing = fresh_server(), []
+    for one in record():
+        before = server.state.changes
+        answer(server, one)
+        assert server.state.changes - before in (0, 1)
+        if server.state.changes > before:
+            changing.append(one)
+    again = fresh_server()
+    for one in changing:
+        answer(again, one)
+    assert fingerprint(again.state) == fingerprint(server.state)
+    assert len(changing) < len(record())
+
+
+def test_fingerprints_tell_states_apart() -> None:
+    said = record(rounds=12)
+    server, seen = fresh_server(), set[str]()
+    for one in said:
+        before = server.state.changes
+        answer(server, one)
+        if server.state.changes > before:
+            seen.add(fingerprint(server.state))
+    assert len(seen) == server.state.changes
+
+
+def test_refusals_are_no_part_of_the_fingerprint() -> None:
+    server = fresh_server()
+    before = fingerprint(server.state)
+    answer(server, Said("Exchange", b"nothing", b""))
+    assert server.state.totals.refused == 1
+    assert fingerprint(server.state) == before
