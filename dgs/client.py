@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dgs._proto import parameter_server_pb2 as pb
-from dgs.config import WorkerConfig
+from dgs.config import SLOWEST_BYTES_PER_S, WorkerConfig
 from dgs.dialog import Ticket
 from dgs.errors import (
     ChecksumError,
@@ -287,7 +287,9 @@ class Client:
             nnz=stop - start,
         )
         frame = encode_frame(header, np.ascontiguousarray(model[start:stop], dtype="<f4"))
-        self._transports[shard].call(Method.PUT_MODEL, frame, timeout_s=self._config.retry.budget_s)
+        retry = self._config.retry
+        timeout_s = retry.budget_s + retry.room_s(len(frame))
+        self._transports[shard].call(Method.PUT_MODEL, frame, timeout_s=timeout_s)
 
     def _pull_record(self, shard: int) -> bytes:
         t = self._tickets[shard]
@@ -328,10 +330,14 @@ class Client:
 
     def _intact(self, shard: int, method: Method, request: bytes) -> bytes:
         """Call, and ask again for a reply that was damaged on its way."""
+        start, stop = self._views[self._member].space.shard_ranges(len(self._transports))[shard]
+        twice = 2 * self._config.download_density  # what a tracked selection may return
+        share = min(1.0, twice) if method is Method.EXCHANGE else 1.0
+        most_bytes = round(5 * share * (stop - start))  # an entry has an index as well
+        retry = self._config.retry
+        timeout_s = retry.budget_s + retry.room_s(len(request) + most_bytes)
         for attempt in range(DAMAGED_REPLIES):
-            reply = self._transports[shard].call(
-                method, request, timeout_s=self._config.retry.budget_s
-            )
+            reply = self._transports[shard].call(method, request, timeout_s=timeout_s)
             try:
                 decode_frame(reply)
                 break
@@ -369,7 +375,10 @@ class Client:
     def pull_model(self) -> dict[str, FloatArray]:
         """Return the servers' model, by tensor name; see the function of the same name."""
         self._check_usable()
-        return pull_model(self._transports, timeout_s=self._config.retry.budget_s)
+        retry = self._config.retry
+        return pull_model(
+            self._transports, timeout_s=retry.budget_s, bytes_per_s=retry.slowest_bytes_per_s
+        )
 
     def rename(self, name: str) -> None:
         """Leave, and take another name for the sessions to come."""
@@ -420,12 +429,18 @@ def server_status(transport: Transport, *, timeout_s: float) -> pb.StatusReply:
     return parse(pb.StatusReply, transport.call(Method.STATUS, request, timeout_s=timeout_s))
 
 
-def pull_model(transports: Sequence[Transport], *, timeout_s: float) -> dict[str, FloatArray]:
+def pull_model(
+    transports: Sequence[Transport],
+    *,
+    timeout_s: float,
+    bytes_per_s: float = SLOWEST_BYTES_PER_S,
+) -> dict[str, FloatArray]:
     """Fetch the model from all its shards, without joining.
 
     Args:
         transports: one per shard, in order.
-        timeout_s: seconds for each call.
+        timeout_s: seconds for each call, and more for its bytes ...
+        bytes_per_s: ... at this rate.
 
     Returns:
         Every tensor, averaged buffers included, by name and by each further name that it is tied
@@ -453,6 +468,8 @@ def pull_model(transports: Sequence[Transport], *, timeout_s: float) -> dict[str
                 f"models: {difference}"
             )
         request = pb.PullRequest(run=status.run).SerializeToString()
-        frame = decode_frame(transport.call(Method.PULL_MODEL, request, timeout_s=timeout_s))
+        room_s = 4 * (status.range_stop - status.range_start) / bytes_per_s
+        reply = transport.call(Method.PULL_MODEL, request, timeout_s=timeout_s + room_s)
+        frame = decode_frame(reply)
         parts.append(np.frombuffer(frame.body, dtype="<f4").astype(np.float32))
     return spaces[0].unflatten(np.concatenate(parts))

@@ -12,6 +12,7 @@ from dgs.errors import ConfigError
 
 __all__ = [
     "RetryConfig",
+    "SLOWEST_BYTES_PER_S",
     "Rule",
     "Selection",
     "ServerConfig",
@@ -72,9 +73,16 @@ def is_worker_name(name: str) -> bool:
     return 0 < len(name) <= 128 and name.isprintable()
 
 
+SLOWEST_BYTES_PER_S = 50e3
+"""Rate, in each direction, of a link that is still waited for: 400 kbit/s."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetryConfig:
-    """How long, and how patiently, a worker tries to reach a server."""
+    """How long, and how patiently, a worker tries to reach a server.
+
+    Budgets and attempts are longer by what a message's bytes take at `slowest_bytes_per_s`.
+    """
 
     connect_budget_s: float = 30.0
     """Seconds to keep trying to join before giving up."""
@@ -91,8 +99,11 @@ class RetryConfig:
     longest_wait_s: float = 2.0
     """Upper bound of the wait between two attempts, in seconds."""
 
+    slowest_bytes_per_s: float = SLOWEST_BYTES_PER_S
+    """Rate of a link that is still waited for, in each direction."""
+
     keepalive: Keepalive = "steady"
-    """How soon a silently cut link is noticed while a call waits: ``steady``, within 40 s, or
+    """How soon a silently cut link is noticed while a call waits: ``steady``, within 60 s, or
     ``fast``, within 15 s, for links of 1 MB/s and more (on slower ones it may cut an upload)."""
 
     def __post_init__(self) -> None:
@@ -100,8 +111,19 @@ class RetryConfig:
         _require_choice("keepalive", self.keepalive, Keepalive)
         wanted = "give a positive number of seconds, at most 1e9"
         for f in fields(self):
-            if f.name != "keepalive":
+            if f.name.endswith("_s") and f.name != "slowest_bytes_per_s":
                 _settle_real(self, f.name, lambda v: 0 < v <= 1e9, wanted)
+        wanted = "give a positive number of bytes a second, such as 50e3"
+        _settle_real(self, "slowest_bytes_per_s", lambda v: v > 0, wanted)
+
+    def room_s(self, message_bytes: int) -> float:
+        """Return the seconds that so many bytes, both ways together, take at the slowest rate.
+
+        Example:
+            >>> RetryConfig(slowest_bytes_per_s=1e6).room_s(500_000)
+            0.5
+        """
+        return message_bytes / self.slowest_bytes_per_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,8 +183,10 @@ class WorkerConfig:
     It is written when the optimizer is closed, by `save`, and as `checkpoint_every` says."""
 
     checkpoint_every: int = 0
-    """Exchanges from one automatic checkpoint to the next; 0 for none. With 1, a worker that is
-    killed at any moment goes on bit for bit."""
+    """Exchanges from one automatic checkpoint to the next; 0 for none. It is written before the
+    update is sent, so with 1 a worker that is killed at any moment goes on bit for bit; with more,
+    one that is killed later loses its velocity and what it had not sent. Each writes about three
+    copies of the model, and the inner optimizer's state."""
 
     retry: RetryConfig = field(default_factory=RetryConfig)
     """How long a worker waits for its server."""
@@ -221,12 +245,17 @@ class ServerConfig:
     max_in_flight_bytes: int = 1 << 30
     """Bytes of requests that may be arriving or waiting at a time; more are put off."""
 
+    max_reply_bytes: int = 1 << 30
+    """Bytes of replies that are kept for repeated requests, the latest one whatever its size. The
+    oldest give way; a worker that repeats one of these joins again."""
+
     def __post_init__(self) -> None:
         """Check every field."""
         _settle_whole(self, "hash_interval", 0)
         _settle_whole(self, "max_workers", 1)
         _settle_whole(self, "max_parameters", 1)
         _settle_whole(self, "max_in_flight_bytes", 1 << 20)
+        _settle_whole(self, "max_reply_bytes", 0)
         wanted = "give seconds, at most 1e9; 0 for never"
         _settle_real(self, "lease_s", lambda v: 0 <= v <= 1e9, wanted)
 

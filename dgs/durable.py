@@ -21,9 +21,9 @@ from dgs.frame import frame_checksum, peek_header
 from dgs.server import ParameterServer
 from dgs.space import FloatArray
 from dgs.state import ServerState
-from dgs.storage.disk import Disk
+from dgs.storage.disk import Disk, remedy
 from dgs.storage.log import Log
-from dgs.storage.records import Record
+from dgs.storage.records import Record, segment_name
 from dgs.storage.snapshot import (
     Snapshot,
     clean,
@@ -152,6 +152,11 @@ class Durable:
         core = ParameterServer.of(ServerState.restored(facts, arrays))
         del arrays
         run = core.state.run
+        if newest > 0 and newest not in list_segments(disk):  # each snapshot begins a segment
+            raise StateError(
+                f"{disk.label} holds snapshot {newest}, but not {segment_name(newest)}, where the "
+                f"log goes on: put the file back, or {remedy(disk)}"
+            )
         contents = read_log(disk, run, newest)
         replayed, changed = 0, set[tuple[int, int]]()
         for record in contents:

@@ -95,6 +95,7 @@ class LeaseChore:
         status.limits.max_workers = config.max_workers
         status.limits.record_bytes = sum(s.record.nbytes for s in sessions)
         status.limits.reply_bytes = sum(len(s.reply) for s in sessions)
+        status.limits.max_reply_bytes = config.max_reply_bytes
         status.limits.lease_s = config.lease_s
 
 

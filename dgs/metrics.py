@@ -40,7 +40,8 @@ class Histogram:
     def of(cls, items: Iterable[Iterable[int]]) -> Histogram:
         """Rebuild a histogram from `items`."""
         histogram = cls()
-        histogram._counts.update({value: count for value, count in items})
+        for value, count in items:
+            histogram._counts[value] = count
         return histogram
 
     @property

@@ -64,10 +64,6 @@ class DistributedOptimizer(Optimizer):
             out buffers that are not in the model's ``state_dict()``.
         **settings: fields of `dgs.WorkerConfig`.
 
-    With ``checkpoint=PATH``, the state is kept in a file, and loaded from it here if it is there,
-    as by `load_state_dict`. Learning rate schedulers and random number generators stay yours: set
-    them from `cursor`.
-
     Raises:
         ConfigError: a setting is out of range, a parameter has no name, `inner` is no optimizer,
             or the checkpoint is damaged or another worker's.
@@ -76,8 +72,10 @@ class DistributedOptimizer(Optimizer):
 
     Note:
         Not collective: each worker steps at its own pace. `step` waits for the server's answer
-        unless `overlap` is set. It holds open connections, so it can be neither copied nor
-        pickled; what it knows is in `state_dict`.
+        unless `overlap` is set. With ``checkpoint=PATH`` the state is kept in a file, and loaded
+        from it at the start if it is there, as by `load_state_dict`; learning rate schedulers and
+        random number generators stay yours to set, from `cursor`. It holds open connections, so it
+        can be neither copied nor pickled; what it knows is in `state_dict`.
 
     Example:
         >>> import dgs, torch

@@ -26,7 +26,14 @@ from typing import IO
 from dgs import watchdog
 from dgs.errors import ConfigError, ServerUnavailableError
 
-__all__ = ["Command", "OnLine", "ProcessGroup", "start_servers"]
+__all__ = [
+    "Command",
+    "LocalServer",
+    "OnLine",
+    "ProcessGroup",
+    "start_all",
+    "start_servers",
+]
 
 OnLine = Callable[[str, str], None]
 """Takes a child's label and one line of its output, without the line's end."""
@@ -358,48 +365,96 @@ def start_servers(
     Raises:
         ServerUnavailableError: one ended, or did not listen in time; the text has its output.
     """
-    argv = [sys.executable, "-m", "dgs", "server", "--listen", "127.0.0.1:0", "--json"]
-    argv += ["--init", str(init)] if init is not None else []
-    starting = [_Starting(group, f"server {i}") for i in range(count)]
-    for s in starting:
-        group.start(Command(s.label, [*argv, *arguments], {"PYTHONUNBUFFERED": "1"}), s.take)
-    until = time.monotonic() + SERVER_START_S
-    return [s.wait(until) for s in starting]
+    given = [*(["--init", str(init)] if init is not None else []), *arguments]
+    servers = [LocalServer(group, i, given) for i in range(count)]
+    start_all(servers)
+    return [s.address for s in servers]
 
 
-class _Starting:
-    """A server of which the first line, with its address, is awaited."""
+class LocalServer:
+    """A server on this machine, a child of a group; it can be started again on its address.
 
-    def __init__(self, group: ProcessGroup, label: str) -> None:
-        self.label = label
+    Args:
+        group: gets a child labelled ``server`` and its number; its output after the first line goes
+            to the group's `on_line`.
+        number: its place among the shards.
+        arguments: of ``dgs server``, besides where to listen.
+
+    Attributes:
+        label: of the child.
+        address: where it listens, once it has.
+    """
+
+    def __init__(self, group: ProcessGroup, number: int, arguments: Sequence[str] = ()) -> None:
+        """Start nothing yet."""
+        self.label = f"server {number}"
+        self.address = ""
         self._group = group
-        self._address: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._arguments = arguments
+        self._listens = threading.Event()
+        self._since = 0.0
         self._tail: deque[str] = deque(maxlen=20)
-        self._told = False
 
-    def take(self, label: str, text: str) -> None:
-        """Take a line of the server's output."""
-        address = "" if self._told else _address_in(text)
+    def start(self) -> None:
+        """Start the process, where none runs; it listens some seconds later."""
+        listen = self.address or "127.0.0.1:0"
+        argv = [sys.executable, "-m", "dgs", "server", "--listen", listen, "--json"]
+        self._listens.clear()
+        self._tail.clear()
+        command = Command(self.label, [*argv, *self._arguments], {"PYTHONUNBUFFERED": "1"})
+        self._group.start(command, self._take)
+
+    @property
+    def served_s(self) -> float | None:
+        """Seconds since it listens; None if it has not since it was last started."""
+        return time.monotonic() - self._since if self._listens.is_set() else None
+
+    @property
+    def output(self) -> str:
+        """The last lines that it has written since it was last started."""
+        return "\n".join(self._tail) or "(no output)"
+
+    def wait(self, until: float) -> None:
+        """Return once it listens.
+
+        Args:
+            until: reading of `time.monotonic` at which to give up.
+
+        Raises:
+            ServerUnavailableError: it ended, or is too late; the text has its output.
+        """
+        while True:
+            ended = self._group.returncode(self.label)
+            if self._listens.wait(0.05):
+                return
+            late = time.monotonic() > until
+            if ended is None and not late:
+                continue
+            why = f"ended with code {ended}" if ended is not None else "does not listen in time"
+            raise ServerUnavailableError(f"{self.label} {why}; its output:\n{self.output}")
+
+    def _take(self, label: str, text: str) -> None:
+        address = "" if self._listens.is_set() else _address_in(text)
         if address:
-            self._told = True
-            self._address.put(address)
+            self.address, self._since = address, time.monotonic()
+            self._listens.set()
             return
         self._tail.append(text)
         if self._group.on_line is not None:
             self._group.on_line(label, text)
 
-    def wait(self, until: float) -> str:
-        """Return the address once the server has told it."""
-        while True:
-            ended = self._group.returncode(self.label)
-            with contextlib.suppress(queue.Empty):
-                return self._address.get(timeout=0.05)
-            late = time.monotonic() > until
-            if ended is None and not late:
-                continue
-            why = f"ended with code {ended}" if ended is not None else "does not listen in time"
-            said = "\n".join(self._tail) or "(no output)"
-            raise ServerUnavailableError(f"{self.label} {why}; its output:\n{said}")
+
+def start_all(servers: Sequence[LocalServer]) -> None:
+    """Start servers at the same time, and wait until all of them listen.
+
+    Raises:
+        ServerUnavailableError: one ended, or did not listen in time; the text has its output.
+    """
+    for server in servers:
+        server.start()
+    until = time.monotonic() + SERVER_START_S
+    for server in servers:
+        server.wait(until)
 
 
 def _address_in(text: str) -> str:

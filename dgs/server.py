@@ -217,6 +217,7 @@ class ParameterServer:
         self.state.totals.bytes_up += len(request)
         self.state.totals.bytes_down += len(reply)
         self.state.registry.settle(session)
+        self.state.bound_replies(session)
         self.state.changes += 1
         return reply
 

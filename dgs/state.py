@@ -15,6 +15,7 @@ from dgs.agreement import Agreement
 from dgs.config import ServerConfig
 from dgs.metrics import Histogram
 from dgs.registry import Registry
+from dgs.session import Session
 from dgs.shard import Shard
 from dgs.space import FloatArray
 from dgs.tracker import Arrays
@@ -70,6 +71,8 @@ class ServerState:
     changes: int = 0
     """Number of requests that changed the state: carrying out these alone gives the same."""
     totals: Totals = field(default_factory=Totals)
+    reply_bytes: int = 0
+    """No more than this do the kept replies take."""
 
     @classmethod
     def begun(
@@ -90,6 +93,18 @@ class ServerState:
     def untrained(self) -> bool:
         """Whether the model is one that a worker began with and nobody has trained: replaceable."""
         return self.is_fresh and self.version == 0
+
+    def bound_replies(self, latest: Session) -> None:
+        """Drop the oldest replies if all take too much, but never the latest."""
+        self.reply_bytes += len(latest.reply)
+        if self.reply_bytes <= self.config.max_reply_bytes:
+            return
+        kept = sorted(self.registry.all_sessions(), key=lambda s: s.version)
+        self.reply_bytes = sum(len(s.reply) for s in kept)
+        for session in kept:
+            if session is not latest and self.reply_bytes > self.config.max_reply_bytes:
+                self.reply_bytes -= len(session.reply)
+                session.reply = b""
 
     def configure(self, config: ServerConfig) -> None:
         """Change limits and intervals; which replies carry hashes depends on them."""
@@ -143,6 +158,7 @@ class ServerState:
             is_fresh=facts["fresh"],
             changes=facts["changes"],
             totals=Totals(Histogram.of(facts["staleness"]), bytes_up, bytes_down, facts["refused"]),
+            reply_bytes=sum(len(s.reply) for s in registry.all_sessions()),
         )
 
 

@@ -23,6 +23,7 @@ PUBLIC_NAMES_OF_DGS = [
     "ParameterServer",
     "RetryConfig",
     "ServerConfig",
+    "StorageConfig",
     "WorkerConfig",
     "serve",
 ]

@@ -20,12 +20,15 @@ LAYERS = (
     ("space", "view", "cover", "bits"),
     ("select", "quantize", "codec", "frame", "momentum", "messages", "kernels"),
     ("changes", "shard"),
-    ("search", "candidates", "tracker", "joining", "agreement", "session", "registry", "state", "sparsify"),
+    ("search", "candidates", "tracker", "sparsify"),
+    ("joining", "agreement", "session", "registry"),
+    ("state",),
     ("server", "dialog", "worker"),
-    ("durable",),
+    ("durable", "inspection", "listing", "rescue"),
     ("transport",),
     ("client",),
-    ("binding", "checkpoint", "exchange", "optimizer", "housekeeping", "serving", "processes", "watchdog"),
+    ("binding", "checkpoint", "exchange", "optimizer"),
+    ("housekeeping", "serving", "processes", "watchdog"),
     (FACADE,),
     ("demo", "sim"),
     ("cli",),
@@ -50,7 +53,10 @@ LAYERS_OF = {"dgs": LAYERS, "moe": MOE_LAYERS}
 RESERVED = {
     "grpc": r"dgs\.transport\.(grpc_\w+|options)|dgs\._proto\..*",
     "google.protobuf": r"dgs\.messages|dgs\.transport\.grpc_\w+|dgs\._proto\..*",
-    "dgs._proto": r"dgs\.(messages|joining|session|registry|server|client|housekeeping|serving|(transport\.grpc_|_proto\.)\w+)",
+    "dgs._proto": (
+        r"dgs\.(messages|joining|session|registry|server|client|housekeeping|serving)"
+        r"|dgs\.(transport\.grpc_|_proto\.)\w+"
+    ),
     "numba": r"dgs\.kernels\.cpu\w*",
     "triton": r"(dgs|moe)\.kernels\.gpu\w*",
 }

@@ -206,7 +206,7 @@ class StatusReply(_message.Message):
     def __init__(self, run: _Optional[int] = ..., ready: bool = ..., version: _Optional[int] = ..., shard: _Optional[int] = ..., num_shards: _Optional[int] = ..., range_start: _Optional[int] = ..., range_stop: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., refused: _Optional[int] = ..., initialiser: _Optional[str] = ..., staleness_p50: _Optional[float] = ..., staleness_p99: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., evicted: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., storage: _Optional[_Union[Storage, _Mapping]] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_workers", "record_bytes", "reply_bytes", "max_in_flight_bytes", "in_flight_bytes", "put_off", "lease_s")
+    __slots__ = ("max_workers", "record_bytes", "reply_bytes", "max_in_flight_bytes", "in_flight_bytes", "put_off", "lease_s", "max_reply_bytes")
     MAX_WORKERS_FIELD_NUMBER: _ClassVar[int]
     RECORD_BYTES_FIELD_NUMBER: _ClassVar[int]
     REPLY_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -214,6 +214,7 @@ class Limits(_message.Message):
     IN_FLIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     PUT_OFF_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_REPLY_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_workers: int
     record_bytes: int
     reply_bytes: int
@@ -221,7 +222,8 @@ class Limits(_message.Message):
     in_flight_bytes: int
     put_off: int
     lease_s: float
-    def __init__(self, max_workers: _Optional[int] = ..., record_bytes: _Optional[int] = ..., reply_bytes: _Optional[int] = ..., max_in_flight_bytes: _Optional[int] = ..., in_flight_bytes: _Optional[int] = ..., put_off: _Optional[int] = ..., lease_s: _Optional[float] = ...) -> None: ...
+    max_reply_bytes: int
+    def __init__(self, max_workers: _Optional[int] = ..., record_bytes: _Optional[int] = ..., reply_bytes: _Optional[int] = ..., max_in_flight_bytes: _Optional[int] = ..., in_flight_bytes: _Optional[int] = ..., put_off: _Optional[int] = ..., lease_s: _Optional[float] = ..., max_reply_bytes: _Optional[int] = ...) -> None: ...
 
 class Storage(_message.Message):
     __slots__ = ("position", "durable", "snapshot_position", "snapshot_age_s", "log_bytes", "trouble")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -12,7 +12,11 @@ from dgs.cli.console import note
 from dgs.errors import ServerUnavailableError
 from dgs.processes import Command, ProcessGroup
 
-__all__ = ["Course", "exit_code"]
+__all__ = ["Course", "Revive", "exit_code"]
+
+Revive = Callable[[str, str], None]
+"""Starts a server again: takes its label, and how it ended, in words. Raises
+`ServerUnavailableError` where it does not."""
 
 INTERRUPT_S = 15.0
 """Seconds that workers get to end after Ctrl-C was passed on to them."""
@@ -38,13 +42,21 @@ class Course:
         group: runs the workers; its other children are their servers.
         workers: what to run.
         max_restarts: how often each worker that fails is started again.
+        revive: called when a server has ended; None to end the run then.
     """
 
-    def __init__(self, group: ProcessGroup, workers: Sequence[Command], max_restarts: int) -> None:
+    def __init__(
+        self,
+        group: ProcessGroup,
+        workers: Sequence[Command],
+        max_restarts: int,
+        revive: Revive | None = None,
+    ) -> None:
         """Start nothing yet."""
         self._group = group
         self._workers = {w.label: w for w in workers}
         self._max_restarts = max_restarts
+        self._revive = revive
         self._restarts = dict.fromkeys(self._workers, 0)
         self._unfinished = set(self._workers)
         self._signals: list[int] = []
@@ -75,7 +87,11 @@ class Course:
                 failure = self._take_end(label, returncode)
                 if failure is not None:
                     return failure
-        return self._end_early() if self._signals else 0
+        if self._signals:
+            return self._end_early()
+        for label, returncode in self._group.exited():  # servers: the model is yet to be saved
+            self._take_end(label, returncode)
+        return 0
 
     def _left(self) -> set[str]:
         return self._unfinished & set(self._group.running)
@@ -86,6 +102,9 @@ class Course:
             return None
         how = _how(returncode)
         if label not in self._workers:
+            if self._revive is not None:
+                self._revive(label, how)
+                return None
             raise ServerUnavailableError(
                 f"{label} {how} while workers were training; the run cannot go on without its model"
             )

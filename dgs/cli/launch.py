@@ -10,11 +10,18 @@ from pathlib import Path
 
 from dgs.cli.arguments import SubParsers, add_command, non_negative_int, positive_int
 from dgs.cli.console import is_terminal, labelled, note, say
-from dgs.cli.course import Course
+from dgs.cli.course import Course, Revive
 from dgs.cli.model_file import check_writable, read_model
-from dgs.cli.saving import nobody_joined, not_saved, save_final, save_reached
+from dgs.cli.revival import SERVER_RESTARTS, Revival, choose_folders
+from dgs.cli.saving import (
+    nobody_joined,
+    not_saved,
+    save_final,
+    save_reached,
+    words_for_start,
+)
 from dgs.errors import ConfigError, ServerUnavailableError
-from dgs.processes import Command, OnLine, ProcessGroup, start_servers
+from dgs.processes import Command, LocalServer, OnLine, ProcessGroup, start_all
 from dgs.transport.address import check_resolvable, split_address
 from dgs.transport.connect import split_addresses
 
@@ -26,6 +33,7 @@ THREADS = "OMP_NUM_THREADS"
 EXAMPLE = """
 dgs launch --workers 4 train.py --epochs 3
 dgs launch --workers 4 --servers 2 --save model.safetensors train.py
+dgs launch --workers 4 --state-dir state/ train.py
 dgs launch --workers 2 --server host-a:7070 -m project.train --epochs 3
 """
 
@@ -43,7 +51,11 @@ def add_parser(subparsers: SubParsers[argparse.ArgumentParser]) -> None:
             "DGS_NUM_WORKERS, and OMP_NUM_THREADS unless it is set. Everything ends when the\n"
             "workers have ended, or when one fails; its exit code is returned (128 + n after\n"
             "signal n). Ctrl-C is passed on to the workers; a second one kills them. When the\n"
-            "reader of the output goes away (dgs launch ... | head), the run ends with code 141."
+            "reader of the output goes away (dgs launch ... | head), the run ends with code 141.\n"
+            "\n"
+            "With --state-dir, nothing that a server has acknowledged is lost: one that dies is\n"
+            "started again, and the workers go on. Launch again with the same folder to go on\n"
+            "with a run that has ended, whatever ended it."
         ),
         example=EXAMPLE,
     )
@@ -51,22 +63,7 @@ def add_parser(subparsers: SubParsers[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--workers", type=positive_int, required=True, metavar="N", help="number of workers"
     )
-    servers = parser.add_mutually_exclusive_group()
-    servers.add_argument(
-        "--servers",
-        type=positive_int,
-        metavar="S",
-        help="number of servers to start, each with a part of the model (default: 1)",
-    )
-    servers.add_argument(
-        "--server", metavar="ADDR[,ADDR...]", help="servers that run already, in their order"
-    )
-    parser.add_argument(
-        "--init",
-        type=Path,
-        metavar="FILE",
-        help="safetensors file with the model to start from (default: the first worker's)",
-    )
+    _add_server_options(parser)
     parser.add_argument(
         "--save",
         type=Path,
@@ -101,24 +98,54 @@ def add_parser(subparsers: SubParsers[argparse.ArgumentParser]) -> None:
     )
 
 
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
+    servers = parser.add_mutually_exclusive_group()
+    servers.add_argument(
+        "--servers",
+        type=positive_int,
+        metavar="S",
+        help="number of servers to start, each with a part of the model (default: 1)",
+    )
+    servers.add_argument(
+        "--server", metavar="ADDR[,ADDR...]", help="servers that run already, in their order"
+    )
+    parser.add_argument(
+        "--init",
+        type=Path,
+        metavar="FILE",
+        help="safetensors file with the model to start from (default: the first worker's)",
+    )
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep the servers' states in DIR/shard-0, DIR/shard-1, ...; what they hold goes "
+        "before --init",
+    )
+    parser.add_argument(
+        "--max-server-restarts",
+        type=non_negative_int,
+        metavar="R",
+        help="with --state-dir: how often in a row a server that dies is started again (default: "
+        f"{SERVER_RESTARTS}); a minute of service begins a new row",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Carry out the command."""
     program = _program(args)
-    if args.save is not None:
-        check_writable(args.save)
-    if args.init is not None:
-        if args.server:
-            args.parser.error("--init is for servers that launch starts; give it to 'dgs server'")
-        read_model(args.init)  # a wrong file is told of here, rather than by each server
+    _check(args)
     given = _given_servers(args.server) if args.server else []
     with ProcessGroup(_printer(prefix=not args.no_prefix)) as group:
-        addresses = given or start_servers(group, args.servers or 1, init=args.init)
+        servers = [] if given else _started(group, args)
+        addresses = given or [server.address for server in servers]
         workers = worker_commands(program, addresses, args.workers, os.environ)
         plural = "s" if args.workers > 1 else ""
         note(f"{args.workers} worker{plural}, server {','.join(addresses)}")
         if threads := workers[0].env.get(THREADS):
             note(f"{THREADS}={threads} for each worker; set it to choose otherwise")
-        code = _train(Course(group, workers, args.max_restarts), addresses, args.save)
+        revive = _reviver(servers, args) if args.state_dir is not None else None
+        code = _train(Course(group, workers, args.max_restarts, revive), addresses, args)
         if code == 0 and not given and nobody_joined(addresses[0]):
             note(
                 "no worker has joined the server, so nothing was trained together: does the script "
@@ -127,6 +154,45 @@ def run(args: argparse.Namespace) -> int:
         if code == 0 and args.save is not None:
             save_final(addresses, args.save)
     return code
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse, before anything is started, what cannot work."""
+    if args.save is not None:
+        check_writable(args.save)
+    if args.server and args.init is not None:
+        args.parser.error("--init is for servers that launch starts; give it to 'dgs server'")
+    if args.server and args.state_dir is not None:
+        args.parser.error("--state-dir is for servers that launch starts; give it to 'dgs server'")
+    if args.max_server_restarts is not None and args.state_dir is None:
+        args.parser.error("--max-server-restarts needs --state-dir, to start servers again from")
+    if args.init is not None:
+        read_model(args.init)  # a wrong file is told of here, rather than by each server
+
+
+def _started(group: ProcessGroup, args: argparse.Namespace) -> list[LocalServer]:
+    """Start the servers, and say what they go on from."""
+    given = ["--init", str(args.init)] if args.init is not None else []
+    if args.state_dir is None:
+        servers = [LocalServer(group, i, given) for i in range(args.servers or 1)]
+        start_all(servers)
+        return servers
+    folders, is_new = choose_folders(args.state_dir, args.servers)
+    servers = [
+        LocalServer(group, i, [*given, "--state-dir", str(folder)])
+        for i, folder in enumerate(folders)
+    ]
+    start_all(servers)
+    if not is_new:
+        note(f"going on {words_for_start([s.address for s in servers])} in {args.state_dir}")
+        if args.init is not None:
+            note(f"{args.init} is not used: the model in {args.state_dir} goes before it")
+    return servers
+
+
+def _reviver(servers: Sequence[LocalServer], args: argparse.Namespace) -> Revive:
+    most = args.max_server_restarts
+    return Revival(servers, SERVER_RESTARTS if most is None else most).revive
 
 
 def _given_servers(text: str) -> list[str]:
@@ -139,12 +205,18 @@ def _given_servers(text: str) -> list[str]:
     return addresses
 
 
-def _train(course: Course, addresses: Sequence[str], save: Path | None) -> int:
+def _train(course: Course, addresses: Sequence[str], args: argparse.Namespace) -> int:
     """Follow the workers to the end; if it is not a good one, save what was reached."""
+    save: Path | None = args.save
     try:
         code = course.follow()
     except ServerUnavailableError:
-        if save is not None:
+        if args.state_dir is not None:
+            note(
+                f"what the servers have acknowledged is in {args.state_dir}: launch again to go "
+                f"on, or save it with 'dgs snapshot export --state-dir {args.state_dir} --out FILE'"
+            )
+        elif save is not None:
             not_saved(save, "the model was in the server that has ended")
         raise
     except BrokenPipeError:  # nobody reads the output any more

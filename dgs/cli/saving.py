@@ -13,7 +13,14 @@ from dgs.config import RetryConfig
 from dgs.errors import DgsError
 from dgs.transport.connect import connect
 
-__all__ = ["nobody_joined", "not_saved", "save_final", "save_reached", "words_for_updates"]
+__all__ = [
+    "nobody_joined",
+    "not_saved",
+    "save_final",
+    "save_reached",
+    "words_for_start",
+    "words_for_updates",
+]
 
 FINAL_S = 60.0
 """Seconds for each call that fetches the final model."""
@@ -84,6 +91,24 @@ def nobody_joined(address: str) -> bool:
     finally:
         transport.close()
     return not status.initialiser and not status.workers
+
+
+def words_for_start(addresses: Sequence[str]) -> str:
+    """Say which version of the model servers have, before anybody trains it.
+
+    Raises:
+        ServerUnavailableError: a server does not answer.
+    """
+    transports = connect(list(addresses), RetryConfig())
+    try:
+        statuses = [server_status(transport, timeout_s=STATUS_S) for transport in transports]
+    finally:
+        for transport in transports:
+            transport.close()
+    if not all(status.ready for status in statuses):
+        return "without a model, as no worker had joined,"
+    versions = sorted({status.version for status in statuses})
+    return "from version " + " to ".join(str(v) for v in {versions[0]: 0, versions[-1]: 0})
 
 
 def _wrote(written: Mapping[str, Any]) -> str:

@@ -7,9 +7,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from datetime import datetime
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.text import Text
 
 from dgs.cli.arguments import (
     SubParsers,
@@ -25,7 +27,7 @@ from dgs.cli.console import (
     say,
     table,
 )
-from dgs.cli.status_tables import Described, away, heading, tables
+from dgs.cli.status_tables import Described, away, heading, tables, troubles
 from dgs.client import server_status
 from dgs.config import RetryConfig
 from dgs.errors import ServerUnavailableError
@@ -33,7 +35,7 @@ from dgs.transport.base import Transport
 from dgs.transport.connect import connect, split_addresses
 from dgs.transport.grpc_client import GrpcTransport
 
-__all__ = ["add_parser", "describe", "run"]
+__all__ = ["add_parser", "describe", "describe_reply", "run"]
 
 EXAMPLE = """
 dgs status --server 127.0.0.1:7070
@@ -119,9 +121,13 @@ def _now(servers: list[Described]) -> Described:
 
 
 def _describe_one(transport: Transport, timeout_s: float) -> Described:
-    s = server_status(transport, timeout_s=timeout_s)
+    return describe_reply(transport.address, server_status(transport, timeout_s=timeout_s))
+
+
+def describe_reply(address: str, s: Any) -> Described:
+    """Write the `StatusReply` of one server as JSON's values; what it did not tell is None."""
     return {
-        "address": transport.address,
+        "address": address,
         "run": s.run,
         "ready": s.ready,
         "version": s.version,
@@ -135,6 +141,9 @@ def _describe_one(transport: Transport, timeout_s: float) -> Described:
         "staleness_p99": s.staleness_p99,
         "bytes_up": s.bytes_up,
         "bytes_down": s.bytes_down,
+        "evicted": s.evicted,
+        "limits": _fields(s.limits) if s.HasField("limits") else None,
+        "storage": _fields(s.storage) if s.HasField("storage") else None,
         "workers": [
             {
                 "worker": w.worker,
@@ -152,6 +161,10 @@ def _describe_one(transport: Transport, timeout_s: float) -> Described:
     }
 
 
+def _fields(message: Any) -> Described:
+    return {f.name: getattr(message, f.name) for f in message.DESCRIPTOR.fields}
+
+
 def _show(status: Described, *, as_json: bool) -> None:
     if as_json:
         print_json(status)
@@ -160,6 +173,8 @@ def _show(status: Described, *, as_json: bool) -> None:
         if number:
             say("")
         print_table(title, columns, rows)
+    for line in troubles(status):
+        say(f"\x1b[31m{line}\x1b[0m" if is_terminal() else line)
 
 
 def _watch(first: Described, addresses: Sequence[str], args: argparse.Namespace) -> None:
@@ -172,7 +187,8 @@ def _watch(first: Described, addresses: Sequence[str], args: argparse.Namespace)
         with Live(console=console, auto_refresh=False) as live:
             for status in looks:
                 parts = (table(*t) for t in tables(status))
-                live.update(Group(heading(status), *parts, *away(status)), refresh=True)
+                red = (Text(line, style="red") for line in troubles(status))
+                live.update(Group(heading(status), *parts, *red, *away(status)), refresh=True)
     else:
         for status in looks:
             say(heading(status))

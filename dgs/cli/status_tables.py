@@ -8,7 +8,7 @@ from typing import Any
 
 from dgs.cli.console import words_for_bytes, words_for_seconds
 
-__all__ = ["Described", "TableParts", "away", "heading", "tables"]
+__all__ = ["Described", "TableParts", "away", "heading", "tables", "troubles"]
 
 Described = dict[str, Any]
 """What `dgs.cli.status.describe` returns, or a part of it; all values are JSON's."""
@@ -21,17 +21,28 @@ SHARD_COLUMNS = ("server", "shard", "range", "version", "refused", "up", "down",
 WORKERS_TITLE = "workers (behind: updates of others since its last exchange)"
 WORKER_COLUMNS = ("worker", "joined", "exchanges", "behind", "up", "down", "p50", "p99")
 
+MEMORY_TITLE = "memory (in flight: requests that are arriving or waiting)"
+MEMORY_COLUMNS = ("server", "sessions", "records", "replies", "in flight")
+AWAY_TITLE = "turned away (put off: told to come again; evicted: silent for the lease)"
+AWAY_COLUMNS = ("server", "put off", "evicted", "lease")
+STORAGE_TITLE = "storage (requests applied, on disk, in the newest snapshot)"
+STORAGE_COLUMNS = ("server", "applied", "on disk", "snapshot", "age", "log", "state")
+
 LONGEST_AGE_S = 10 * 365 * 86400
 """Incarnations are clock readings; one that would be older than this is none."""
 
 
 def tables(status: Described) -> list[TableParts]:
-    """Return one table of the servers and one of the workers."""
+    """Return tables of the servers, their workers, and where told, their limits and storage."""
     servers = status["servers"]
-    return [
+    found: list[TableParts] = [
         (SERVERS_TITLE, SHARD_COLUMNS, [_shard_row(s) for s in servers]),
         (WORKERS_TITLE, WORKER_COLUMNS, _worker_rows(servers)),
+        (MEMORY_TITLE, MEMORY_COLUMNS, [_memory_row(s) for s in servers if s.get("limits")]),
+        (AWAY_TITLE, AWAY_COLUMNS, [_away_row(s) for s in servers if s.get("limits")]),
+        (STORAGE_TITLE, STORAGE_COLUMNS, [_storage_row(s) for s in servers if s.get("storage")]),
     ]
+    return [table for n, table in enumerate(found) if n < 2 or table[2]]
 
 
 def _shard_row(server: Described) -> list[str]:
@@ -71,6 +82,54 @@ def _worker_rows(servers: Sequence[Described]) -> list[list[str]]:
             f"{max(w['staleness_p99'] for w in parts):g}",
         ]
         for (worker, member), parts in sorted(sessions.items())
+    ]
+
+
+def _memory_row(server: Described) -> list[str]:
+    limits = server["limits"]
+    return [
+        server["address"],
+        f"{len(server['workers'])}/{limits['max_workers']}",
+        words_for_bytes(limits["record_bytes"]),
+        _part(limits["reply_bytes"], limits["max_reply_bytes"]),
+        _part(limits["in_flight_bytes"], limits["max_in_flight_bytes"]),
+    ]
+
+
+def _away_row(server: Described) -> list[str]:
+    limits = server["limits"]
+    lease_s = limits["lease_s"]
+    return [
+        server["address"],
+        str(limits["put_off"]),
+        str(server["evicted"]),
+        words_for_seconds(lease_s) if lease_s else "none",
+    ]
+
+
+def _part(count_bytes: int, limit_bytes: int) -> str:
+    return f"{words_for_bytes(count_bytes)}/{words_for_bytes(limit_bytes)}"
+
+
+def _storage_row(server: Described) -> list[str]:
+    storage = server["storage"]
+    return [
+        server["address"],
+        str(storage["position"]),
+        str(storage["durable"]),
+        str(storage["snapshot_position"]),
+        words_for_seconds(storage["snapshot_age_s"]),
+        words_for_bytes(storage["log_bytes"]),
+        "TROUBLE" if storage["trouble"] else "ok",
+    ]
+
+
+def troubles(status: Described) -> list[str]:
+    """Tell which servers acknowledge nothing, and why."""
+    return [
+        f"server {s['address']} acknowledges nothing: {s['storage']['trouble']}"
+        for s in status["servers"]
+        if (s.get("storage") or {}).get("trouble")
     ]
 
 

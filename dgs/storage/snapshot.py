@@ -247,10 +247,10 @@ def set_aside(disk: Disk, position: int) -> list[str]:
     """
     with explained(disk, f"set {snapshot_name(position)} aside"):
         prefix = f"{snapshot_name(position).removesuffix('.json')}."
-        # the manifest first: it is its name that makes a snapshot of the rest
+        # the manifest last: parts without one would be taken for leftovers, and removed
         files = sorted(
             (name for name in disk.names() if name.startswith(prefix)),
-            key=lambda name: (name != snapshot_name(position), name),
+            key=lambda name: (name == snapshot_name(position), name),
         )
         for name in files:
             disk.rename(name, DAMAGED + name)

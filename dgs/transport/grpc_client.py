@@ -227,6 +227,7 @@ def _cause(code: grpc.StatusCode, details: str, timeout_s: float) -> str:
         ("Network is unreachable", "the network is unreachable"),
         ("No route to host", "no route to the host"),
         ("Connection timed out", "the host does not answer"),
+        ("ping timeout", "the connection fell silent"),
         ("Connection reset", "the connection broke"),
         ("Socket closed", "the connection broke"),
         ("GOAWAY", "the server closed the connection"),

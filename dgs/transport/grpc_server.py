@@ -116,7 +116,7 @@ def serve_handler(
     *,
     max_workers_threads: int = 32,
     max_concurrent_calls: int = 256,
-    upload_limit_s: float = 600.0,
+    upload_limit_s: float = 3600.0,
     stall_limit_s: float = 60.0,
     max_in_flight_bytes: int = _IN_FLIGHT_BYTES,
 ) -> GrpcServerHandle:

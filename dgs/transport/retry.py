@@ -39,6 +39,7 @@ _KINDS = (NotReadyError, ServerUnavailableError, ChecksumError, InternalError)
 class RetryingTransport:
     """Retry the calls of another transport; one call's `timeout_s` is the budget of all attempts.
 
+    What it exceeds the configured budget by, for the size of its messages, each attempt has more.
     `ServerUnavailableError` and `NotReadyError` are retried while the budget lasts, `ChecksumError`
     and `InternalError` three times. A name that has never resolved gets 3 s only: most likely it is
     misspelt.
@@ -89,6 +90,7 @@ class RetryingTransport:
             ServerUnavailableError: the budget is spent; the text tells the attempts and the cause.
         """
         start = self._clock()
+        attempt_s = self._config.attempt_s + max(0.0, timeout_s - self._config.budget_s)
         faults = 0
         pauses = self._pauses()
         course = _Course(self.address)
@@ -98,7 +100,7 @@ class RetryingTransport:
             try:
                 with self._slow.attempt(method.value):
                     reply = self._inner.call(
-                        method, request, timeout_s=min(self._config.attempt_s, max(left_s, 0.0))
+                        method, request, timeout_s=min(attempt_s, max(left_s, 0.0))
                     )
                 self._resolved = True
                 course.tell_success(self._clock() - start)

@@ -6,11 +6,14 @@ import logging
 from typing import Any
 
 import pytest
+import torch
 
 import dgs
-from dgs.errors import ConfigError, ServerUnavailableError
+from dgs._proto import parameter_server_pb2 as pb
+from dgs.errors import ConfigError, NonFiniteError, ServerUnavailableError
 from dgs.transport.base import Method
 from dgs.transport.local import LocalTransport
+from tests.helpers.sites import overwrite
 from tests.helpers.training import Batches, make_model, train_step, wrap
 
 
@@ -113,6 +116,21 @@ def test_an_exchange_that_is_finished_late_keeps_its_own_cursor_and_the_next_one
     opt.close()
 
 
+def test_what_was_set_for_a_step_survives_that_the_one_before_it_was_lost() -> None:
+    server = dgs.ParameterServer()
+    cut = Cut(server)
+    model, opt = new_worker(cut)
+    train(model, opt, ["1"])
+    cut.lose = "request"
+    with pytest.raises(ServerUnavailableError):
+        train(model, opt, ["2"])
+    cut.lose = ""
+    evict(server, opt)
+    train(model, opt, ["3"])
+    assert (cursor_at(server), opt.cursor, opt.stats.rejoins) == (b"3", b"3", 1)
+    opt.close()
+
+
 def test_of_several_servers_the_furthest_one_counts() -> None:
     servers = [dgs.ParameterServer(), dgs.ParameterServer()]
     links = [LocalTransport(servers[0]), Cut(servers[1])]
@@ -127,18 +145,46 @@ def test_of_several_servers_the_furthest_one_counts() -> None:
     again.close()
 
 
-def test_a_step_that_had_to_join_again_tells_the_cursor_that_was_applied_last() -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_step_that_had_to_join_again_tells_the_cursor_that_was_applied_last(
+    overlap: bool,
+) -> None:
     server = dgs.ParameterServer()
-    model, opt = new_worker(server)
+    model, opt = new_worker(server, overlap=overlap)
     train(model, opt, ["1", "2"])
-    _, rival = new_worker(server)  # takes over, leaves, and is forgotten: the session is gone
-    [session] = server.state.registry.sessions()
-    server.state.registry.discard(session)
-    rival.close(leave=False)
-    opt._exchanger._client._incarnation = session.incarnation
-    with pytest.raises(dgs.DgsError, match="a newer process has joined"):
-        train(model, opt, ["3"])
-    opt.close(leave=False)
+    opt.state_dict()  # lands what is in flight
+    evict(server, opt)
+    train(model, opt, ["3"])
+    if overlap:  # it is in flight, and lands in the next step
+        assert opt.cursor == b"3"
+        train(model, opt, ["4"])
+    assert (opt.cursor, opt.stats.rejoins) == (b"2", 1)
+    train(model, opt, ["5"])
+    opt.state_dict()
+    assert cursor_at(server) == b"5"
+    opt.close()
+
+
+def test_an_update_that_was_refused_moves_the_cursor_on() -> None:
+    server = dgs.ParameterServer()
+    model = torch.nn.Linear(4, 4, bias=False)
+    opt = wrap(model, server, lambda m: torch.optim.SGD(m.parameters(), lr=1.0), density=1.0)
+    overwrite(server, -3e38)
+    model.weight.grad = torch.full((4, 4), 3e38)
+    opt.cursor = b"bad batch"
+    with pytest.raises(NonFiniteError, match="overflows the model"):
+        opt.step()
+    assert cursor_at(server) == opt.cursor == b"bad batch"
+    opt.close()
+
+
+def evict(server: dgs.ParameterServer, opt: dgs.DistributedOptimizer) -> None:
+    """Close a worker's session, as a server does after a long silence."""
+    [ticket] = opt._exchanger._worker.dialog.tickets
+    leave = pb.LeaveRequest(
+        run=ticket.run, worker_id=ticket.worker_id, incarnation=ticket.incarnation
+    )
+    server.handle("Leave", leave.SerializeToString())
 
 
 def test_a_saved_state_that_goes_on_has_its_own_cursor_and_otherwise_the_servers_counts() -> None:

@@ -210,7 +210,7 @@ def test_a_request_that_is_refused_on_replay_is_no_reason_to_go_on_without_it() 
     carry_out(durable, record(rounds=5))
     with (
         patch("dgs.joining.WIRE_VERSION", 2),
-        pytest.raises(StateError, match="request 0 of the log .Join.*start the release that"),
+        pytest.raises(StateError, match=r"request 0 of the log \(Join\).*start the release that"),
     ):
         Durable.open(disk)
 
@@ -248,3 +248,13 @@ def test_a_log_without_its_snapshots_is_not_begun_anew() -> None:
             disk.remove(name)
     with pytest.raises(StateError, match="no snapshot that it could start from"):
         begin(disk)
+
+
+def test_a_snapshot_whose_log_is_missing_is_not_gone_on_from() -> None:
+    disk = ForgetfulDisk()
+    durable = begin(disk)
+    carry_out(durable, record(rounds=8), snapshot_at=10)
+    last = [name for name in disk.names() if name.startswith("log-")][-1]
+    disk.remove(last)
+    with pytest.raises(StateError, match=rf"holds snapshot \d+, but not {last}"):
+        Durable.open(disk)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 
 import pytest
 
 from dgs.client import server_status
-from dgs.config import ServerConfig, StorageConfig, WorkerConfig
+from dgs.config import ServerConfig, StorageConfig
 from dgs.durable import Durable
 from dgs.errors import ServerUnavailableError
 from dgs.housekeeping import Housekeeper, LeaseChore, Reporting, SnapshotChore, TroubleChore
 from dgs.server import ParameterServer
 from dgs.state import fingerprint
 from dgs.storage.commit import GroupCommit
+from dgs.storage.records import Record
 from dgs.transport.guard import GuardedHandler
 from dgs.transport.local import LocalTransport
 from tests.helpers.disks import ForgetfulDisk
@@ -144,9 +146,7 @@ def test_a_long_log_makes_a_snapshot_early() -> None:
     assert kept.durable.snapshot_position == kept.durable.position
 
 
-def _like(request: bytes, durable: Durable):  # type: ignore[no-untyped-def]
-    from dgs.storage.records import Record
-
+def _like(request: bytes, durable: Durable) -> Record:
     return Record("Exchange", 0, 1, durable.position, 0, request * 100)
 
 
@@ -218,8 +218,6 @@ def test_trouble_is_told_once_and_by_status_as_well() -> None:
 def test_the_housekeeper_does_all_chores_again_and_again_even_if_one_breaks(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    import threading
-
     done = threading.Event()
 
     class Broken:

@@ -1,4 +1,4 @@
-"""A worker with a checkpoint may be killed at any moment: what it trains is the same, bit for bit."""
+"""A worker with a checkpoint may be killed at any moment: it trains the same, bit for bit."""
 
 from __future__ import annotations
 

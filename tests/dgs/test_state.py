@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
-from dgs.config import ServerConfig
+from dgs.config import ServerConfig, WorkerConfig
+from dgs.errors import SequenceError
 from dgs.server import ParameterServer
 from dgs.state import SavedState, ServerState, fingerprint
 from tests.helpers.requests import Said, answer, halves, is_same, record
+from tests.helpers.sites import SHAPES, Site, space_of
 
+SIZE = space_of(SHAPES).size
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"selection": "exact"},
@@ -108,3 +112,33 @@ def test_refusals_are_no_part_of_the_fingerprint() -> None:
     answer(server, Said("Exchange", b"nothing", b""))
     assert server.state.totals.refused == 1
     assert fingerprint(server.state) == before
+
+
+def test_kept_replies_stay_within_their_limit_and_the_oldest_give_way() -> None:
+    said = [one for one in record(rounds=30) if one.method != "PullModel"]
+    lengths = [len(one.reply) for one in said if one.method == "Exchange" and one.reply]  # type: ignore[arg-type]
+    most = int(2.5 * max(lengths))
+    config = ServerConfig(hash_interval=4, max_reply_bytes=most)
+    server, restored = ParameterServer(config, run=9), ParameterServer(config, run=9)
+    for turn, one in enumerate(said):
+        reply = answer(server, one)
+        assert is_same(answer(restored, one), reply)
+        kept = [len(s.reply) for s in server.state.registry.all_sessions()]
+        assert sum(kept) <= most
+        if turn % 5 == 0:
+            restored = rebuilt(restored.state.save())
+    assert any(not s.reply for s in server.state.registry.all_sessions())
+
+
+def test_a_repeated_request_whose_reply_gave_way_asks_to_join_again() -> None:
+    servers = [ParameterServer(ServerConfig(max_reply_bytes=0), run=9)]
+    start = np.zeros(SIZE, np.float32)
+    sites = [Site(n, servers, WorkerConfig(), start) for n in "ab"]
+    frames = sites[0].collect(np.ones(SIZE, np.float32))
+    first = sites[0].client.exchange(frames)
+    assert sites[0].client.exchange(frames) == first  # the latest stays
+    sites[1].exchange(np.ones(SIZE, np.float32))
+    version = servers[0].version
+    with pytest.raises(SequenceError, match="join again"):
+        sites[0].client.exchange(frames)
+    assert servers[0].version == version

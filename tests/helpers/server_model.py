@@ -107,11 +107,20 @@ class PlainSession:
     bytes_down: int = 0
     staleness: list[int] = field(default_factory=list)
 
-    def set_up(self, ask: Ask) -> None:
-        """Take the settings that the next differences are made with."""
-        old, self.ask = self.ask, ask
+    def can_resume(self, ask: Ask) -> bool:
+        """Tell whether this is the session, at the exchange, that was saved."""
+        at = ask.resume in self.names and self.seq in ask.resume_seqs
+        return at and self.ask.held.slabs == ask.held.slabs
+
+    def resume(self, ask: Ask) -> None:
+        """Go on under a newer incarnation, with its settings for the differences to come."""
+        old, self.ask = self.ask, replace(ask, resume=self.ask.resume)
         if (old.selection, old.dense_below) != (ask.selection, ask.dense_below):
             self.selector = selector_of(ask)
+        self.incarnation = ask.incarnation
+        self.names.add(ask.incarnation)
+        self.points[ask.incarnation] = self.seq
+        self.resumed = self.unchanged = True
 
     def advance(self, model: Floats) -> tuple[Ints, Floats]:
         """Select from ``model - replica``, bring the replica there, and return what to send."""
@@ -174,8 +183,9 @@ class Joined:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What a worker sends."""
+    """What a worker sends, of a part with as many trained coordinates."""
 
+    size: int
     indices: Ints
     values: Floats
     tail: Floats
@@ -282,15 +292,10 @@ class PlainServer:
             return current
         worker = self._enrol(ask)
         earlier = worker.retired.get(ask.member)
-        if earlier and ask.resume in earlier.names and earlier.seq in ask.resume_seqs:
-            if earlier.ask.held.slabs == ask.held.slabs:
-                session = worker.live[ask.member] = worker.retired.pop(ask.member)
-                session.set_up(replace(ask, resume=session.ask.resume))
-                session.incarnation = ask.incarnation
-                session.names.add(ask.incarnation)
-                session.points[ask.incarnation] = session.seq
-                session.resumed = session.unchanged = True
-                return session
+        if earlier and earlier.can_resume(ask):
+            worker.live[ask.member] = worker.retired.pop(ask.member)
+            earlier.resume(ask)
+            return earlier
         points = {**self.departed.get(key, (0, {}))[1], **(earlier.points if earlier else {})}
         unchanged = points.get(ask.resume, -1) in ask.resume_seqs
         worker.live[ask.member] = session = PlainSession(
@@ -343,19 +348,17 @@ class PlainServer:
                 return name, worker
         raise UnknownWorkerError
 
-    def exchange(
-        self, ticket: tuple[int, int, int], seq: int, update: Update | None
-    ) -> Answer | bytes:
-        """Apply an update, None for one of a wrong form; the bytes of the reply if it repeats."""
+    def exchange(self, ticket: tuple[int, int, int], seq: int, update: Update) -> Answer | bytes:
+        """Apply an update and return what is to be answered; of a repeated one, the very bytes."""
         session = self.session(*ticket)
         if seq == session.seq > 0:
             return session.reply
         if seq != session.seq + 1:
             raise SequenceError
-        if update is None:
+        held = session.ask.held
+        if (update.size, update.tail.size) != (held.trained.size, held.averaged.size):
             raise MalformedError
         assert self.model is not None
-        held = session.ask.held
         where, before = held.trained[update.indices], self.model[held.averaged]
         with np.errstate(over="ignore", invalid="ignore"):
             mean = before + (update.tail - before) / np.float32(self._active())

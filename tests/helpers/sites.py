@@ -10,8 +10,8 @@ import torch
 
 from dgs.client import Client
 from dgs.config import ServerConfig, WorkerConfig
-from dgs.session import Session
 from dgs.server import ParameterServer
+from dgs.session import Session
 from dgs.space import ParameterSpace, TensorSpec
 from dgs.transport.base import Transport
 from dgs.transport.local import LocalTransport

@@ -16,6 +16,8 @@ from torch.nn import functional
 from dgs.cli.course import exit_code
 from dgs.cli.launch import worker_commands
 from dgs.cli.main import main
+from dgs.cli.revival import choose_folders
+from dgs.errors import ConfigError
 from tests.helpers.processes import Spoken, has_ended
 from tests.helpers.scripts import act, train
 from tests.helpers.source_tree import ROOT
@@ -244,3 +246,93 @@ def test_threads_are_shared_among_workers_unless_chosen() -> None:
 
 def test_exit_codes_are_those_of_a_shell() -> None:
     assert [exit_code(c) for c in (0, 1, 255, -2, -15)] == [0, 1, 255, 130, 143]
+
+
+@pytest.mark.slow
+def test_killed_server_is_started_again_and_the_next_launch_goes_on_from_the_same_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    state, saved = tmp_path / "state", tmp_path / "model.safetensors"
+    options = ("--workers", "2", "--servers", "2", "--state-dir", str(state), "--save", str(saved))
+    script = (train.__file__, "--steps", "30", "--kill-server-at", "10")
+    assert launch(*options, *script) == 0
+    said = capsys.readouterr()
+    assert re.search(
+        r"server 0 was ended by SIGKILL; it is started again on 127\.0\.0\.1:\d+ \(restart 1 of",
+        said.err,
+    )
+    assert "recovered version" in said.out
+    for worker in range(2):
+        assert f"[worker {worker}] exchanges 30\n" in said.out
+    assert said.err.endswith("the model after 60 updates\n")
+    assert "going on" not in said.err
+    model = train.make_model(seed=0)
+    before = loss(model)
+    model.load_state_dict(load_file(saved), strict=True)
+    assert loss(model) < before
+    without_servers = ("--workers", "1", "--state-dir", str(state), "--save", str(saved))
+    assert launch(*without_servers, ACT, "0:exit=0") == 0
+    said = capsys.readouterr()
+    assert f"going on from version 60 in {state}" in said.err
+    assert said.err.endswith("the model after 60 updates\n")
+    assert launch(*options[:2], "--servers", "3", "--state-dir", str(state), ACT) == 1
+    assert "holds the states of 2 servers (shard-0, shard-1), expected" in capsys.readouterr().err
+
+
+def test_server_that_does_not_start_again_ends_the_run_with_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    state = tmp_path / "state"
+    options = ("--workers", "1", "--state-dir", str(state), "--save", str(tmp_path / "m"))
+    assert launch(*options, ACT, f"0:ruin={state / 'shard-0'}") == 1
+    said = capsys.readouterr().err
+    assert said.count("it is started again") == 3
+    assert "server 0 ended with exit code 1 before it listened, 3 times in a row" in said
+    assert "dgs: error: " in said
+    assert "are not a manifest" in said
+    assert f"dgs snapshot export --state-dir {state} --out FILE" in said
+    assert not (tmp_path / "m").exists()
+
+
+def test_restarts_of_a_server_are_used_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    options = ("--workers", "1", "--state-dir", str(tmp_path / "s"), "--max-server-restarts", "0")
+    assert launch(*options, ACT, "0:server") == 1
+    said = capsys.readouterr().err
+    assert "server 0 was ended by SIGKILL after 0 restarts in a row" in said
+    assert f"is in {tmp_path / 's'}: launch again to go on" in said
+
+
+@pytest.mark.parametrize(
+    ("made", "count", "words"),
+    [
+        (["shard-0", "shard-1"], 1, "of 2 servers (shard-0, shard-1), expected those of 1"),
+        (["shard-0"], 2, "of 1 servers (shard-0), expected those of 2"),
+        (["shard-0", "shard-2"], None, "of 2 servers (shard-0, shard-2), expected those of 2"),
+        (["."], None, "holds the state of one 'dgs server"),
+    ],
+)
+def test_folder_of_other_servers_is_refused(
+    made: list[str], count: int | None, words: str, tmp_path: Path
+) -> None:
+    for name in made:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "snapshot-00000000000000000000.json").touch()
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        choose_folders(tmp_path, count)
+
+
+def test_as_many_servers_are_started_as_there_are_states(tmp_path: Path) -> None:
+    folders = [tmp_path / f"shard-{i}" for i in range(3)]
+    assert choose_folders(tmp_path / "new", None) == ([tmp_path / "new" / "shard-0"], True)
+    assert choose_folders(tmp_path, 3) == (folders, True)
+    for folder in folders:
+        folder.mkdir()
+    assert choose_folders(tmp_path, 2) == (folders[:2], True)  # made, but never used
+    for folder in folders:
+        (folder / "snapshot-00000000000000000000.json").touch()
+    assert choose_folders(tmp_path, None) == (folders, False)

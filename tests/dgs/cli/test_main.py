@@ -14,7 +14,7 @@ from dgs.errors import ConfigError
 from tests.helpers.processes import Spoken
 from tests.helpers.source_tree import ROOT
 
-COMMANDS = ("server", "launch", "pull", "status", "demo")
+COMMANDS = ("server", "launch", "pull", "status", "snapshot", "demo")
 
 
 def test_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,6 +55,8 @@ def test_no_command_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
         ["launch", "--workers", "2", "--unknown", "train.py"],
         ["launch", "--workers", "2", "--servers", "1", "--server", "127.0.0.1:1", "train.py"],
         ["launch", "--workers", "2", "--server", "127.0.0.1:1", "--init", "a", __file__],
+        ["launch", "--workers", "2", "--server", "127.0.0.1:1", "--state-dir", "a", __file__],
+        ["launch", "--workers", "2", "--max-server-restarts", "2", __file__],
     ],
     ids=" ".join,
 )

@@ -10,7 +10,11 @@ from datetime import datetime
 import pytest
 
 import dgs
+from dgs._proto import parameter_server_pb2 as pb
+from dgs.cli.console import print_table
 from dgs.cli.main import main
+from dgs.cli.status import describe_reply
+from dgs.cli.status_tables import Described, tables, troubles
 from tests.dgs.cli.conftest import join
 from tests.helpers.processes import Spoken
 
@@ -35,8 +39,8 @@ def test_tables_have_one_row_per_shard_and_per_worker(
     assert main(["status", "--server", shards]) == 0
     lines = capsys.readouterr().out.splitlines()
     for shard, address in enumerate(shards.split(",")):
-        (row,) = (line for line in lines if line.startswith(address))
-        assert f"{shard}/2" in row
+        first, *_ = (line for line in lines if line.startswith(address))
+        assert f"{shard}/2" in first
     (row,) = (line for line in lines if line.startswith("first"))
     assert " s ago " in row
     assert all(len(line) <= 80 for line in lines)
@@ -108,3 +112,84 @@ def test_watch_outlives_a_server_that_goes_away_and_ends_on_ctrl_c(form: list[st
 def test_unreachable_server_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--server", "127.0.0.1:1", "--timeout-s", "0.3"]) == 1
     assert "gave up on server 127.0.0.1:1 after" in capsys.readouterr().err
+
+
+def faked(**storage: object) -> Described:
+    """Return what a server with everything there is to tell would be described as."""
+    reply = pb.StatusReply(run=7, ready=True, version=12, num_shards=1, range_stop=899, evicted=3)
+    reply.workers.add(worker="first", exchanges=12)
+    limits = pb.Limits(
+        max_workers=1024,
+        record_bytes=3_596,
+        reply_bytes=1_500_000,
+        max_reply_bytes=2_000_000,
+        max_in_flight_bytes=1_000_000_000,
+        in_flight_bytes=2_500_000,
+        put_off=4,
+        lease_s=3600.0,
+    )
+    reply.limits.CopyFrom(limits)
+    if storage:
+        reply.storage.CopyFrom(pb.Storage(**storage))
+    return {"time": "2024-01-02T03:04:05+00:00", "servers": [describe_reply("ps:7070", reply)]}
+
+
+def by_column(status: Described, title: str) -> dict[str, str]:
+    ((_, columns, (row,)),) = (t for t in tables(status) if t[0].startswith(title))
+    return dict(zip(columns, row, strict=True))
+
+
+def test_limits_are_shown_in_human_units() -> None:
+    assert by_column(faked(), "memory") == {
+        "server": "ps:7070",
+        "sessions": "1/1024",
+        "records": "3.6 kB",
+        "replies": "1.5 MB/2.0 MB",
+        "in flight": "2.5 MB/1.0 GB",
+    }
+    assert by_column(faked(), "turned away") == {
+        "server": "ps:7070",
+        "put off": "4",
+        "evicted": "3",
+        "lease": "1 h 0 min",
+    }
+
+
+def test_storage_is_shown_where_there_is_any_and_its_trouble_below() -> None:
+    fields = {
+        "position": 120,
+        "durable": 118,
+        "snapshot_position": 100,
+        "snapshot_age_s": 75.0,
+        "log_bytes": 2_000_000,
+    }
+    well = faked(**fields)
+    assert by_column(well, "storage") == {
+        "server": "ps:7070",
+        "applied": "120",
+        "on disk": "118",
+        "snapshot": "100",
+        "age": "1 min 15 s",
+        "log": "2.0 MB",
+        "state": "ok",
+    }
+    assert troubles(well) == []
+    ill = faked(**fields, trouble="No space left on device")
+    assert by_column(ill, "storage")["state"] == "TROUBLE"
+    assert troubles(ill) == ["server ps:7070 acknowledges nothing: No space left on device"]
+    assert [title for title, _, _ in tables(faked()) if title.startswith("storage")] == []
+
+
+def test_json_holds_limits_evictions_and_storage_by_the_names_of_the_service() -> None:
+    told = json.loads(json.dumps(faked(position=5, durable=5)))["servers"][0]
+    assert (told["evicted"], told["limits"]["in_flight_bytes"]) == (3, 2_500_000)
+    assert set(told["limits"]) == {f.name for f in pb.Limits.DESCRIPTOR.fields}
+    assert set(told["storage"]) == {f.name for f in pb.Storage.DESCRIPTOR.fields}
+    assert told["storage"]["trouble"] == ""
+    assert describe_reply("ps:7070", pb.StatusReply())["limits"] is None
+
+
+def test_tables_fit_an_ordinary_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    for parts in tables(faked(position=1, trouble="it is full")):
+        print_table(*parts)
+    assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())

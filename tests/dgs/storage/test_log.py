@@ -5,10 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import random
-import struct
 import threading
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,47 +15,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dgs.errors import StateError
-from dgs.storage.disk import Disk, FolderDisk
+from dgs.storage.disk import FolderDisk
 from dgs.storage.log import Log
 from dgs.storage.records import (
     HEADER_BYTES,
     METHODS,
     RECORD_BYTES,
-    encode_record,
     encode_segment_header,
-    header_checksum,
     segment_name,
 )
 from dgs.storage.wal import Record, list_segments, read_log
+from tests.dgs.storage.logs import RUN, fill, raw, record, reopen
 from tests.helpers.disks import ForgetfulDisk, PowerLossError
 
-RUN = 77
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 RECORDS = st.builds(Record, st.sampled_from(METHODS), U32, U64, U64, U32, st.binary(max_size=200))
 SEEDS = range(40)
 STEPS_OF_ROTATE = ("create", "truncate", "write", "sync log", "rename", "sync names")
-
-
-def record(number: int) -> Record:
-    """Return a record that is like no other; its payload has a length of its own."""
-    payload = random.Random(number).randbytes(number * 7 % 50)
-    return Record(METHODS[number % 4], number, number + 1, number + 2, number + 3, payload)
-
-
-def fill(log: Log, count: int) -> None:
-    for _ in range(count):
-        log.append(record(log.position))
-
-
-def reopen(disk: Disk, start: int = 0) -> tuple[Log, list[Record], str]:
-    """Recover, as a server does after it was started again."""
-    contents = read_log(disk, RUN, start)
-    records = list(contents)
-    return Log.open(disk, RUN, contents.end), records, contents.torn
-
-
-def raw(disk: Disk, first: int = 0) -> bytes:
-    return disk.open(segment_name(first)).read()
 
 
 def no_space() -> OSError:
@@ -332,33 +307,30 @@ def test_power_loss_at_every_operation_loses_nothing_durable() -> None:
             disk = ForgetfulDisk(rng)
             disk.fail_at(number)
             durable, position, start, log = 0, 0, 0, None
-            try:
+            with suppress(PowerLossError, StateError):
                 log = Log.create(disk, RUN, 0)
                 work(disk, log)
-            except (PowerLossError, StateError):
-                pass
             if log is not None:
                 durable, position = log.durable, log.position
             start = 0 if durable < 10 else 6  # nothing after the cut asks for what was cut
             found = disk.after_power_loss(rng) if seed % 4 else disk.after_kill()
             again = check_recovery(found, durable, position, start)
             # and recovering is itself interrupted, after more was written
-            second = _go_on_and_lose_power(found, again, start, rng)
-            check_recovery(second, again, again + 5, start)
+            second, durable = _go_on_and_lose_power(found, again, rng)
+            check_recovery(second, durable, again + 5, start)
 
 
 def _go_on_and_lose_power(
-    found: ForgetfulDisk, position: int, start: int, rng: random.Random
-) -> ForgetfulDisk:
+    found: ForgetfulDisk, position: int, rng: random.Random
+) -> tuple[ForgetfulDisk, int]:
     found = found.after_kill()
-    found.fail_at(found.operations + rng.randrange(6))
-    try:
+    found.fail_at(found.operations + rng.randrange(8))
+    durable = position
+    with suppress(PowerLossError, StateError):
         log = Log.open(found, RUN, position)
         fill(log, 5)
-        log.commit()
-    except (PowerLossError, StateError):
-        pass
-    return found.after_power_loss(rng)
+        durable = log.commit()
+    return found.after_power_loss(rng), durable
 
 
 def test_recovered_records_are_durable_before_they_count() -> None:
@@ -441,172 +413,6 @@ def test_log_is_not_written_before_it_was_read_to_its_end() -> None:
     log.commit()
     with pytest.raises(StateError, match="ends with record 2, not 1"):
         Log.open(disk, RUN, 1)
-
-
-# --- damage
-
-
-def built() -> tuple[ForgetfulDisk, list[int]]:
-    """Return two segments with two batches each, and what each record calls durable."""
-    disk = ForgetfulDisk()
-    log = Log.create(disk, RUN, 0)
-    declared = []
-    for count in (2, 3, 0, 2, 1):
-        if count == 0:
-            log.rotate()
-        declared += [log.durable] * count
-        fill(log, count)
-        log.commit()
-    return disk, declared
-
-
-def spoil(name: str, offset: int, value: int) -> ForgetfulDisk:
-    disk, _ = built()
-    disk.damage(name, lambda data: data.__setitem__(offset, data[offset] ^ value))
-    return disk
-
-
-def check_damage(disk: ForgetfulDisk, declared: list[int]) -> str:
-    """Recover: an error, or the loss of a tail that no record left calls durable."""
-    contents = read_log(disk, RUN, 0)
-    try:
-        records = list(contents)
-    except StateError:
-        return "refused"
-    assert records == [record(n) for n in range(len(records))]
-    # records 0-4 were rotated away, 5-6 are called durable by 7: only 7 is for a torn write to take
-    assert len(records) >= declared[-1]
-    if len(records) == len(declared):
-        return "whole"
-    assert contents.torn
-    log = Log.open(disk, RUN, contents.end)
-    fill(log, 1)
-    log.commit()
-    assert len(list(read_log(disk, RUN, 0))) == len(records) + 1
-    return "torn"
-
-
-def test_every_damaged_bit_is_found_or_in_the_last_batch() -> None:
-    disk, declared = built()
-    assert declared == [0, 0, 2, 2, 2, 5, 5, 7]
-    last = HEADER_BYTES + 2 * RECORD_BYTES + sum(len(record(n).payload) for n in (5, 6))
-    for first in list_segments(disk):
-        for offset in range(len(raw(disk, first))):
-            for value in (1, 0x80, 0xFF):
-                verdict = check_damage(spoil(segment_name(first), offset, value), declared)
-                expected = "torn" if first == 5 and offset >= last else "refused"
-                assert verdict == expected, (first, offset, value)
-
-
-def test_log_cut_short_anywhere_is_refused_or_looks_like_a_torn_write() -> None:
-    for first in (0, 5):
-        for size in range(len(raw(built()[0], first))):
-            disk, _ = built()
-            disk.damage(segment_name(first), partial(_shorten, size=size))
-            contents = read_log(disk, RUN, 0)
-            if first == 0:
-                with pytest.raises(StateError, match=r"the log goes on in another|go on with rec"):
-                    list(contents)
-                continue
-            records = list(contents)
-            assert records == [record(n) for n in range(len(records))]
-            assert len(records) >= 5
-            assert Log.open(disk, RUN, contents.end).position == len(records)
-
-
-def _shorten(data: bytearray, size: int) -> None:
-    del data[size:]
-
-
-@given(noise=st.binary(max_size=300), first=st.sampled_from([0, 5]))
-def test_any_bytes_in_place_of_a_segment_are_refused_or_torn(noise: bytes, first: int) -> None:
-    disk, _ = built()
-    disk.damage(segment_name(first), lambda data: data.__setitem__(slice(None), noise))
-    contents = read_log(disk, RUN, 0)
-    try:
-        records = list(contents)
-    except StateError:
-        return
-    assert first == 5
-    assert len(records) == 5
-    assert contents.torn
-
-
-@pytest.mark.parametrize("length", [2**64 - 1, 2**63, 2**32, 2**31])
-def test_absurd_length_is_not_believed(length: int) -> None:
-    disk, declared = built()
-    place = slice(HEADER_BYTES + 8, HEADER_BYTES + 16)
-    disk.damage(segment_name(5), lambda data: data.__setitem__(place, length.to_bytes(8, "little")))
-    assert check_damage(disk, declared) == "refused"
-
-
-def test_damage_is_told_with_file_place_finding_expectation_and_remedy() -> None:
-    with pytest.raises(StateError) as caught:
-        list(read_log(spoil(segment_name(5), HEADER_BYTES + RECORD_BYTES, 1), RUN, 0))
-    assert str(caught.value) == (
-        "disk/log-00000000000000000005.wal, byte 28: a record that does not match its checksum in "
-        "place of record 5; at byte 219 there is a later record that calls this one durable, so it "
-        "is damaged: run 'dgs snapshot repair --state-dir disk' to go on with what is sound, or "
-        "'dgs snapshot export --state-dir disk --out FILE' to save the model"
-    )
-
-
-def test_missing_segment_is_missed() -> None:
-    disk = ForgetfulDisk()
-    log = Log.create(disk, RUN, 0)
-    for _ in range(3):
-        fill(log, 2)
-        log.rotate()
-    disk.remove(segment_name(2))
-    with pytest.raises(StateError, match=r"begins with record 4, expected .* record 2"):
-        list(read_log(disk, RUN, 1))
-    assert list(read_log(disk, RUN, 4)) == [record(4), record(5)]
-
-
-def test_another_runs_log_is_refused() -> None:
-    disk, _ = built()
-    with pytest.raises(StateError, match=r"is of run 77 .* expected run 78 .* were mixed"):
-        list(read_log(disk, RUN + 1, 0))
-
-
-def test_newer_format_is_refused_by_its_number() -> None:
-    disk, _ = built()
-    disk.damage(segment_name(5), lambda data: struct.pack_into("<I", data, 4, 9))
-    with pytest.raises(StateError, match="written by a newer release: it has format 9, this one"):
-        list(read_log(disk, RUN, 0))
-    with pytest.raises(StateError, match="newer release"):
-        Log.open(disk, RUN, 8)
-
-
-def test_record_of_another_segment_does_not_pass_for_one_of_this() -> None:
-    # the disk may put blocks of a removed file at the end of a new one
-    disk = ForgetfulDisk()
-    Log.create(disk, RUN, 5)
-    for run, first in ((RUN + 1, 5), (RUN, 4)):
-        seed = header_checksum(encode_segment_header(run, first))
-        stale = b"".join(encode_record(record(5), 5, 5, seed))
-        disk.damage(segment_name(5), partial(_extend, more=stale))
-        contents = read_log(disk, RUN, 5)
-        assert list(contents) == []
-        assert "checksum" in contents.torn
-        Log.open(disk, RUN, 5)
-        assert len(raw(disk, 5)) == HEADER_BYTES
-
-
-def _extend(data: bytearray, more: bytes) -> None:
-    data += more
-
-
-def test_payload_that_looks_like_many_records_costs_no_time_and_proves_nothing() -> None:
-    disk = ForgetfulDisk()
-    log = Log.create(disk, RUN, 0)
-    fake = b"DGSR" + bytes(4) + (10**6).to_bytes(8, "little") + bytes(RECORD_BYTES - 16)
-    log.append(Record("Exchange", 0, 0, 0, 0, fake * 50_000))
-    log.commit()
-    disk.damage(segment_name(0), lambda data: data.__setitem__(HEADER_BYTES + 4, data[32] ^ 1))
-    contents = read_log(disk, RUN, 0)
-    assert list(contents) == []
-    assert contents.torn
 
 
 def test_real_folder_keeps_the_log_over_a_process_and_a_full_disk(tmp_path: Path) -> None:

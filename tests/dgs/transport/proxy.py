@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
+from collections.abc import Callable
 
 
 class SilentProxy:
@@ -28,16 +30,14 @@ class SilentProxy:
 
     def close(self) -> None:
         for one in self._sockets:
-            try:
+            with contextlib.suppress(OSError):  # it may have no peer any more
                 one.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # it has no peer any more
             one.close()
         for thread in self._threads:
             thread.join(10.0)
             assert not thread.is_alive()
 
-    def _begin(self, run: object, *args: socket.socket) -> None:
+    def _begin(self, run: Callable[..., None], *args: socket.socket) -> None:
         thread = threading.Thread(target=run, args=args, daemon=True)
         self._threads.append(thread)
         thread.start()

@@ -13,7 +13,8 @@ from dgs.errors import AddressInUseError, ConfigError, InternalError, ServerUnav
 from dgs.transport import GuardedHandler, Method
 from dgs.transport.chunks import wrap
 from dgs.transport.grpc_client import GrpcTransport
-from dgs.transport.grpc_server import GrpcServerHandle, StallGuard, serve_handler
+from dgs.transport.grpc_server import GrpcServerHandle, serve_handler
+from dgs.transport.stalls import StallGuard
 from tests.dgs.transport.test_chunks import BAD_CHUNKS
 from tests.helpers.echo import SECRET, EchoHandler
 
@@ -173,7 +174,7 @@ def test_calls_beyond_the_limit_are_told_to_come_again(handler: EchoHandler) -> 
         first = pool.submit(transport.call, Method.EXCHANGE, b"block", timeout_s=TIMEOUT_S)
         assert handler.entered.wait(TIMEOUT_S)
         with pytest.raises(ServerUnavailableError, match="the server is busy"):
-            transport.call(Method.STATUS, b"", timeout_s=TIMEOUT_S)
+            transport.call(Method.PULL_MODEL, b"", timeout_s=TIMEOUT_S)
         handler.leave.set()
         assert first.result(TIMEOUT_S) == b"block"
         transport.close()
@@ -209,7 +210,21 @@ class Cancellable:
 
 def test_a_stream_cut_for_its_slowness_is_refused_even_if_it_looks_complete() -> None:
     guard = StallGuard(0.01)
-    context = Cancellable()
-    with pytest.raises(ServerUnavailableError, match="longer than"), guard.watch(context):
-        assert context.cancelled.wait(TIMEOUT_S)
+    call = Cancellable()
+    with pytest.raises(ServerUnavailableError, match="stood still"), guard.upload(call, 600.0):
+        assert call.cancelled.wait(TIMEOUT_S)
+    guard.stop()
+
+
+def test_a_stream_that_moves_is_cut_when_it_takes_too_long_in_all() -> None:
+    guard = StallGuard(0.1)
+    call = Cancellable()
+
+    def move_until_cut() -> None:
+        with guard.upload(call, 0.2) as watched:
+            while not call.cancelled.wait(0.005):
+                watched.moved()
+
+    with pytest.raises(ServerUnavailableError, match=r"longer than 0\.2 s"):
+        move_until_cut()
     guard.stop()

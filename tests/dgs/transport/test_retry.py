@@ -183,7 +183,7 @@ def test_a_name_that_has_never_resolved_is_given_up_within_three_seconds() -> No
 
 def test_a_name_that_has_resolved_before_gets_the_whole_budget() -> None:
     time = VirtualTime()
-    inner = Scripted([b"", *repeat(unresolved(), 20), b"back"], time)
+    inner = Scripted([b"", *repeat(unresolved(), 40), b"back"], time)
     transport = retrying(inner, time)
     transport.call(Method.JOIN, b"", timeout_s=300.0)
     assert transport.call(Method.EXCHANGE, b"", timeout_s=300.0) == b"back"
@@ -207,7 +207,7 @@ def test_a_server_that_is_not_ready_for_ten_seconds_is_told_of_once(
 ) -> None:
     time = VirtualTime()
     wait = NotReadyError("no model yet")
-    transport = retrying(Scripted([*repeat(wait, 12), b""], time), time)
+    transport = retrying(Scripted([*repeat(wait, 18), b""], time), time)
     with caplog.at_level(logging.WARNING, logger="dgs.transport"):
         transport.call(Method.JOIN, b"", timeout_s=60.0)
     told, end = (record.getMessage() for record in caplog.records)

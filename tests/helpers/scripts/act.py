@@ -4,7 +4,8 @@
 Actions: ``exit=CODE``, ``kill=SIGNAL`` (itself), ``signal=SIGNAL`` (the launcher),
 ``again=SIGNAL`` (the launcher, and once more when this process is interrupted), ``server`` (kills
 the launcher's server), ``family`` (starts a child and tells both ids), ``tell`` (arguments and
-environment), ``once=FILE`` (fails unless the file is there), ``talk`` (until nobody listens).
+environment), ``once=FILE`` (fails unless the file is there), ``talk`` (until nobody listens),
+``ruin=FOLDER`` (empties the manifests there, and kills the launcher's server).
 """
 
 from __future__ import annotations
@@ -73,6 +74,10 @@ def act(action: str, value: str) -> None:
     elif action == "again":
         again(int(value))
     elif action == "server":
+        os.kill(find_server(), signal.SIGKILL)
+    elif action == "ruin":
+        for manifest in Path(value).glob("snapshot-*.json"):
+            manifest.write_bytes(b"")
         os.kill(find_server(), signal.SIGKILL)
     elif action == "family":
         family()

@@ -4,7 +4,7 @@
 One process after the other is that worker, and kills itself (SIGKILL) at its moment: before the
 Nth exchange is sent (``send``), once its reply is there (``reply``), when the Nth checkpoint is
 written, but not in its place yet (``write``), or after the Nth step (``step``). The last one
-trains to the end. They are forked, so that torch is imported once only.
+trains to the end. They are forked, so that torch is loaded once only.
 """
 
 from __future__ import annotations
@@ -102,6 +102,9 @@ def work(servers: str, folder: str, mode: str, where: str) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     servers, folder, mode, *moments = sys.argv[1:]
+    model, opt = make_worker(dgs.ParameterServer(), overlap=False)
+    train(model, opt, lambda moment: None)  # loads what torch loads with the first steps
+    opt.close()
     for where in [*moments, ""]:
         child = os.fork()
         if not child:

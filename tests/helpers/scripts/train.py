@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import dgs
+from tests.helpers.scripts.act import find_server
 
 BATCH = 32
 
@@ -33,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--fail-once", type=Path)
+    parser.add_argument("--kill-server-at", type=int, help="step after which worker 0 does so")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rank = int(os.environ["DGS_RANK"])
@@ -56,6 +59,8 @@ def main() -> None:
             args.fail_once.touch()
             print("failing on purpose", file=sys.stderr)
             os._exit(5)
+        if rank == 0 and step == args.kill_server_at:
+            os.kill(find_server(), signal.SIGKILL)
     print("exchanges", opt.stats.exchanges)
     opt.close()
 
