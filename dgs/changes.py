@@ -88,6 +88,7 @@ class ChangeLog:
 
     def since(self, version: int) -> list[Change]:
         """Return the changes since a version that the log reaches, the oldest first."""
+        assert self.reaches(version), (version, self._start)
         newest = range(version - self._start, len(self._changes))
         return [self._changes[i] for i in newest]
 

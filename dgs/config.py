@@ -11,8 +11,8 @@ from typing import Literal, get_args
 from dgs.errors import ConfigError
 
 __all__ = [
-    "RetryConfig",
     "SLOWEST_BYTES_PER_S",
+    "RetryConfig",
     "Rule",
     "Selection",
     "ServerConfig",
@@ -270,8 +270,13 @@ class StorageConfig:
     snapshot_log_bytes: int = 512 << 20
     """Length of the log at which a snapshot is made early: it bounds what a restart replays."""
 
+    snapshot_log_records: int = 10_000
+    """Requests in the log at which a snapshot is made early; each takes about a millisecond to
+    carry out again, and more in large models."""
+
     def __post_init__(self) -> None:
         """Check every field."""
         wanted = "give a positive number of seconds, at most 1e9"
         _settle_real(self, "snapshot_interval_s", lambda v: 0 < v <= 1e9, wanted)
         _settle_whole(self, "snapshot_log_bytes", 1 << 20)
+        _settle_whole(self, "snapshot_log_records", 1)

@@ -126,11 +126,14 @@ class SnapshotChore:
 
     def do(self) -> None:
         """Make a snapshot if one is due."""
-        now, durable = self._clock(), self._durable
-        late = now - self._finished >= self._config.snapshot_interval_s
-        if not late and durable.log_bytes < self._config.snapshot_log_bytes:
-            return
-        if durable.trouble or durable.position == durable.snapshot_position:
+        now, durable, config = self._clock(), self._durable, self._config
+        records = durable.position - durable.snapshot_position
+        is_due = (
+            now - self._finished >= config.snapshot_interval_s
+            or durable.log_bytes >= config.snapshot_log_bytes
+            or records >= config.snapshot_log_records
+        )
+        if not is_due or not records or durable.trouble:
             return
         if now - self._tried < min(_RETRY_S, self._config.snapshot_interval_s):
             return

@@ -148,10 +148,13 @@ class Registry:
         Returns:
             Whether it was asked to restore one that was trained before.
         """
-        self._agreed.initialiser, self._asked = worker.name, ""
+        restores = self._asked_to_restore and self.is_asked(worker)
+        if restores or not self._asked_to_restore:  # else: the one with the saved model is to come
+            self._asked = ""
+        self._agreed.initialiser = worker.name
         for w in self._workers.values():
             w.live, w.retired = {}, {}
-        return self._asked_to_restore
+        return restores
 
     def open(self, joining: Joining, shard: Shard) -> Opened:
         """Open a session whose record equals the model, or continue an earlier one.
@@ -282,6 +285,8 @@ class Registry:
             return False
         if incarnation < worker.incarnation:
             raise FencedError(f"a newer process has joined as worker {worker.name!r}")
+        if incarnation > worker.incarnation:
+            return False
         session = worker.live.pop(member, None)
         earlier = worker.retired.pop(member, None)
         if session is not None:

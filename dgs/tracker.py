@@ -135,8 +135,8 @@ class Record:
         else:
             record._replica[arrays["at"]] = arrays["was"]
         record._candidates.forget()
-        if "at" in arrays and not arrays["at"].size:
-            record._release()
+        if "at" in arrays and not arrays["at"].size and record.version == shard.version:
+            record._release()  # as the log begins here, only who is up to date can follow it
         return record
 
     @property
@@ -238,9 +238,9 @@ class Record:
             limit = np.finfo(np.float32).max
             waiting = np.clip(entries.values[positions], -limit, limit)
             difference, decoded = self._encode(chosen, waiting)
-            after = replica[chosen] + decoded
-            replica[chosen] = after
             with np.errstate(over="ignore"):
+                after = np.clip(replica[chosen] + decoded, -limit, limit)
+                replica[chosen] = after
                 entries.values[positions] = window.at(chosen) - after
         self._candidates.keep(entries, self._density)
         return difference

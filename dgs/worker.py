@@ -31,6 +31,8 @@ from dgs.view import Part, View
 
 __all__ = ["Answer", "Worker"]
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
@@ -160,7 +162,7 @@ class Worker:
             if one.header.replaces:
                 self.base[where] = what
             else:
-                self.base[where] += what
+                self.base[where] = (self.base[where] + what).clamp_(-_LARGEST, _LARGEST)
             self._take_buffers(part, one.tail)
         headers = [r.header for r in received]
         return Answer(

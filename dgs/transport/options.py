@@ -39,12 +39,12 @@ class Keepalive(NamedTuple):
 
         Example:
             >>> KEEPALIVES["steady"].notice_s, KEEPALIVES["fast"].notice_s
-            (60.0, 15.0)
+            (60.0, 14.5)
         """
         return self.after_s + self.timeout_s
 
 
-KEEPALIVES = MappingProxyType({"steady": Keepalive(30.0, 30.0), "fast": Keepalive(10.0, 5.0)})
+KEEPALIVES = MappingProxyType({"steady": Keepalive(30.0, 30.0), "fast": Keepalive(10.0, 4.5)})
 """By the names that `dgs.config.RetryConfig.keepalive` may have.
 
 A ping, and its answer, wait behind all that is queued on a slow link: up to a window of bytes, and

@@ -146,6 +146,15 @@ def test_a_long_log_makes_a_snapshot_early() -> None:
     assert kept.durable.snapshot_position == kept.durable.position
 
 
+def test_many_requests_make_a_snapshot_early() -> None:
+    kept = Kept(StorageConfig(snapshot_interval_s=1e6, snapshot_log_records=20))
+    for one in record():
+        answer(kept.guard, one)
+        kept.clock.now_s += 10.0
+        kept.snapshots.do()
+        assert kept.durable.position - kept.durable.snapshot_position < 20
+
+
 def _like(request: bytes, durable: Durable) -> Record:
     return Record("Exchange", 0, 1, durable.position, 0, request * 100)
 

@@ -184,6 +184,21 @@ class Histories(RuleBasedStateMachine):
             **self.allowed(settings),
         )
 
+    @precondition(someone_is_there)
+    @rule(pick=picks, settings=settings, in_flight=st.booleans())
+    def restart_with_the_last_state(
+        self, pick: int, settings: dict[str, Any], in_flight: bool
+    ) -> None:
+        _, session = self.twins.session(pick)
+        self.twins.join(
+            self.twins.seat_of(session),
+            name=session.ask.name,
+            incarnation=self.incarnation(session.ask.name, "newer"),
+            resume=session.incarnation,
+            resume_seqs=range(max(0, session.seq - in_flight), session.seq + 1),
+            **self.allowed(settings),
+        )
+
     @precondition(lambda self: self.twins.plain.model is not None)
     @rule(
         what=st.sampled_from(["shard", "model", "protocol", "density", "name", "gap", "cut off"]),
@@ -297,9 +312,10 @@ class Histories(RuleBasedStateMachine):
     def save(self) -> None:
         self.twins.save()
 
-    @precondition(lambda self: self.twins.snapshot is not None)
-    @rule()
-    def crash_and_recover(self) -> None:
+    @rule(is_saved_first=st.booleans())
+    def crash_and_recover(self, is_saved_first: bool) -> None:
+        if is_saved_first or self.twins.snapshot is None:
+            self.twins.save()
         self.twins.crash_and_recover()
 
     @invariant()

@@ -13,7 +13,7 @@ from dgs.errors import SequenceError
 from dgs.server import ParameterServer
 from dgs.state import SavedState, ServerState, fingerprint
 from tests.helpers.requests import Said, answer, halves, is_same, record
-from tests.helpers.sites import SHAPES, Site, space_of
+from tests.helpers.sites import SHAPES, Site, model_of, space_of
 
 SIZE = space_of(SHAPES).size
 SETTINGS: list[dict[str, Any]] = [
@@ -142,3 +142,24 @@ def test_a_repeated_request_whose_reply_gave_way_asks_to_join_again() -> None:
     with pytest.raises(SequenceError, match="join again"):
         sites[0].client.exchange(frames)
     assert servers[0].version == version
+
+
+def test_a_session_that_was_behind_and_equal_is_restored_with_what_it_has() -> None:
+    config = WorkerConfig(rule="none", density=1.0, download_density=1.0)
+    server = fresh_server()
+    start = np.zeros(SIZE, np.float32)
+    a, b = (Site(n, [server], config, start) for n in "ab")
+
+    def step(site: Site, value: float) -> None:
+        progress = np.zeros(SIZE, np.float32)
+        progress[3] = value
+        site.exchange(progress)
+
+    for _ in range(2):
+        step(a, 0.0)  # the model stays what it is; b was answered before
+    server.state = rebuilt(server.state.save()).state
+    assert fingerprint(server.state)
+    step(a, 1.0)
+    step(a, -2.0)
+    step(b, 2.0)
+    assert b.base.tobytes() == model_of(server).tobytes()

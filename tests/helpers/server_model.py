@@ -322,8 +322,10 @@ class PlainServer:
         if not np.isfinite(model).all():
             raise NonFiniteError
         self.model = model + np.float32(0)
-        self.initialiser, self.asked = name, ""
-        self.is_fresh = not self.restoring
+        restores = self.restoring and self.asked == name
+        if restores or not self.restoring:
+            self.asked = ""
+        self.initialiser, self.is_fresh = name, not restores
         for w in self.workers.values():
             w.live, w.retired = {}, {}
 

@@ -177,8 +177,11 @@ class Twins:
         name, incarnation = session.ask.name, session.incarnation
         key = name, session.ask.member
         self._moments[*key, incarnation, session.seq] = len(self.plain.applied.get(key, []))
-        seat = next(s for s, held in self.held.items() if held is session.ask.held)
-        self.saves[name, seat, incarnation] = session.seq
+        self.saves[name, self.seat_of(session), incarnation] = session.seq
+
+    def seat_of(self, session: PlainSession) -> Seat:
+        """Return the layout and the member of a session."""
+        return next(s for s, held in self.held.items() if held is session.ask.held)
 
     def leave(self, ticket: Ticket) -> None:
         """Leave."""
