@@ -27,6 +27,7 @@ from dgs.errors import (
     ModelMismatchError,
     NotReadyError,
     ServerUnavailableError,
+    UnknownWorkerError,
 )
 from dgs.frame import (
     MAX_CURSOR_BYTES,
@@ -47,6 +48,9 @@ logger = logging.getLogger("dgs.client")
 
 LEAVE_BUDGET_S = 2.0
 """Seconds that leaving may take: a server that is gone must not hold up the end of a run."""
+
+JOIN_ATTEMPTS = 3
+"""How often a join is begun whose session the server closes before it is used."""
 
 DAMAGED_REPLIES = 3
 """How often a reply with a wrong checksum is asked for again."""
@@ -142,6 +146,7 @@ class Client:
         self.name = name
         self._views = list(views)
         self._member = member
+        self._ranges = views[member].space.shard_ranges(len(self._transports))
         self._incarnation = 0
         self._tickets: list[Ticket] = []
         self._pid = os.getpid()
@@ -186,6 +191,19 @@ class Client:
             ServerUnavailableError: a server was not reached within the connect budget.
             ModelMismatchError: the servers hold another model, or other shards.
         """
+        for _ in range(JOIN_ATTEMPTS - 1):
+            try:
+                return self._try_to_join(give_model, resume, restore)
+            except UnknownWorkerError as e:  # closed before it was used: this process was frozen
+                logger.info("%s; joining once more", e)
+        return self._try_to_join(give_model, resume, restore)
+
+    def _try_to_join(
+        self,
+        give_model: Callable[[], FloatArray],
+        resume: Sequence[Resume] | None,
+        restore: Sequence[bool],
+    ) -> Joined:
         self._check_usable()
         self._incarnation = max(time.time_ns(), self._incarnation + 1)
         replies: list[pb.JoinReply] = []
@@ -273,8 +291,7 @@ class Client:
         return joined
 
     def _put_model(self, shard: int, reply: pb.JoinReply, model: FloatArray) -> None:
-        space = self._views[self._member].space
-        start, stop = space.shard_ranges(len(self._transports))[shard]
+        start, stop = self._ranges[shard]
         header = Header(
             kind=FrameKind.MODEL,
             values="float32",
@@ -330,7 +347,7 @@ class Client:
 
     def _intact(self, shard: int, method: Method, request: bytes) -> bytes:
         """Call, and ask again for a reply that was damaged on its way."""
-        start, stop = self._views[self._member].space.shard_ranges(len(self._transports))[shard]
+        start, stop = self._ranges[shard]
         twice = 2 * self._config.download_density  # what a tracked selection may return
         share = min(1.0, twice) if method is Method.EXCHANGE else 1.0
         most_bytes = round(5 * share * (stop - start))  # an entry has an index as well

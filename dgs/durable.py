@@ -38,6 +38,11 @@ __all__ = ["Durable", "Recovery"]
 
 logger = logging.getLogger("dgs.server")
 
+_DEFECT = (
+    "a request broke off half done, so the state in memory is not that of the log any more; "
+    "everything acknowledged is on disk: start the server again"
+)
+
 KEPT_SNAPSHOTS = 2
 """The log reaches back to the older one, so a damaged newest snapshot loses nothing."""
 
@@ -230,13 +235,9 @@ class Durable:
         before = self.core.state.changes
         try:
             reply = self.core.handle(method, request)
-        except DgsError:
-            raise
-        except BaseException:
-            self._defect = (
-                "a request broke off half done, so the state in memory is not that of the log any "
-                "more; everything acknowledged is on disk: start the server again"
-            )
+        except BaseException as e:
+            if self.core.state.is_torn or not isinstance(e, DgsError):
+                self._defect = _DEFECT
             raise
         if self.core.state.changes != before:
             self._log.append(_record(method, request, reply))

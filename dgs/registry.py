@@ -100,7 +100,8 @@ class Registry:
         """Hold a join request to newer incarnations of its worker, and to its own leaving.
 
         Raises:
-            FencedError: a newer one has joined, or this one has left.
+            FencedError: a newer one has joined.
+            UnknownWorkerError: this one has left.
         """
         worker = self._workers.get(joining.worker)
         if worker is not None and joining.incarnation < worker.incarnation:
@@ -112,9 +113,10 @@ class Registry:
         departed = self._departed.get((joining.worker, joining.member))
         left = departed.incarnation if departed else 0
         if joining.incarnation <= left:
-            raise FencedError(
+            raise UnknownWorkerError(
                 f"worker {joining.worker!r} has left since this request was made (incarnation "
-                f"{left}, this one is {joining.incarnation}); check the clock of this machine"
+                f"{left}, this one is {joining.incarnation}), or its lease has run out; join "
+                "again, and if that does not help, check the clock of this machine"
             )
 
     def appoint(self, joining: Joining, *, has_model: bool) -> Worker:

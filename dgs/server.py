@@ -204,6 +204,7 @@ class ParameterServer:
                     header.seq, staleness, len(request), reply, bytes(frame.cursor)
                 )
         except BaseException:  # half done: the same request must never be applied again
+            self.state.is_torn = True
             self.state.registry.discard(session)
             raise
         if bad >= 0:

@@ -71,6 +71,8 @@ class ServerState:
     changes: int = 0
     """Number of requests that changed the state: carrying out these alone gives the same."""
     totals: Totals = field(default_factory=Totals)
+    is_torn: bool = False
+    """Whether a request broke off half done: this is not what its requests give any more."""
     reply_bytes: int = 0
     """No more than this do the kept replies take."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, NamedTuple
 
@@ -167,6 +168,7 @@ def decode_manifest(data: bytes, position: int, label: str) -> Manifest:
     return Manifest(content["facts"], files, size_bytes)
 
 
+@cache
 def _library_version() -> str:
     try:
         return version("dgs")

@@ -12,7 +12,7 @@ import pytest
 
 from dgs.config import ServerConfig
 from dgs.durable import Durable
-from dgs.errors import StateError
+from dgs.errors import StateError, TooLargeError
 from dgs.server import ParameterServer
 from dgs.state import fingerprint
 from dgs.storage.snapshot import list_snapshots
@@ -168,16 +168,14 @@ def test_a_failed_sync_ends_acknowledging_for_good() -> None:
     assert durable.trouble
 
 
-def test_a_defect_in_the_middle_of_a_request_ends_acknowledging() -> None:
+@pytest.mark.parametrize("error", [MemoryError, TooLargeError])
+def test_a_defect_in_the_middle_of_a_request_ends_acknowledging(error: type[Exception]) -> None:
     said = record(rounds=6)
     disk = ForgetfulDisk()
     durable = begin(disk)
     last = max(i for i, one in enumerate(said) if one.method == "Exchange")
     carry_out(durable, said[:last])
-    with (
-        patch("dgs.tracker.Record.advance", side_effect=MemoryError),
-        pytest.raises(MemoryError),
-    ):
+    with patch("dgs.tracker.Record.advance", side_effect=error), pytest.raises(error):
         durable.handle("Exchange", said[last].request)
     assert durable.trouble
     with pytest.raises(StateError, match="start the server again"):

@@ -14,7 +14,12 @@ from torch import nn
 
 import dgs
 from dgs.config import RetryConfig, ServerConfig
-from dgs.errors import FencedError, NonFiniteError, NotReadyError, ServerUnavailableError
+from dgs.errors import (
+    NonFiniteError,
+    NotReadyError,
+    ServerUnavailableError,
+    UnknownWorkerError,
+)
 from dgs.transport.base import Method
 from dgs.transport.connect import Servers
 from dgs.transport.local import LocalTransport
@@ -260,7 +265,7 @@ def test_a_join_that_arrives_after_its_worker_left_opens_nothing() -> None:
     server, model = dgs.ParameterServer(), make_model()
     opt = wrap(model, Recording(server), worker="w")
     opt.close()
-    with pytest.raises(FencedError, match="has left since this request was made"):
+    with pytest.raises(UnknownWorkerError, match="has left since this request was made"):
         server.handle("Join", requests[-1])
     assert list(sessions(server)) == []
     wrap(model, server, worker="w").close()
@@ -465,4 +470,28 @@ def test_a_checkpoint_taken_right_after_a_rejoin_goes_on_bit_for_bit() -> None:
     opt.close(leave=False)
     opt, _ = reopened(server, between)
     assert opt.stats.rejoins == 0
+    opt.close()
+
+
+@pytest.mark.parametrize("method", [Method.PULL_MODEL, Method.PUT_MODEL])
+def test_a_session_that_is_closed_before_it_is_used_is_opened_once_more(method: Method) -> None:
+    server = dgs.ParameterServer()
+
+    class Evicting(LocalTransport):
+        """Let the lease of whoever joins run out, once."""
+
+        evicted = False
+
+        def call(self, called: Method, request: bytes, *, timeout_s: float) -> bytes:
+            if called is method and not self.evicted:
+                self.evicted = True
+                for place, _ in list(server.state.registry.places()):
+                    server.state.registry.close(*place)
+            return super().call(called, request, timeout_s=timeout_s)
+
+    model, transport = make_model(), Evicting(server)
+    opt = wrap(model, transport, worker="w")
+    assert transport.evicted
+    train_step(model, opt, Batches())
+    assert (opt.stats.exchanges, opt.stats.rejoins) == (1, 0)
     opt.close()

@@ -234,8 +234,10 @@ class PlainServer:
         """Open a session, go on with one, or ask for the model."""
         worker = self.workers.get(ask.name)
         left, _ = self.departed.get((ask.name, ask.member), (0, {}))
-        if (worker and ask.incarnation < worker.incarnation) or ask.incarnation <= left:
+        if worker and ask.incarnation < worker.incarnation:
             raise FencedError
+        if ask.incarnation <= left:
+            raise UnknownWorkerError
         if self.model is not None and ask.shard != self.shard:
             raise ModelMismatchError
         if self.init is not None:

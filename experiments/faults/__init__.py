@@ -1,0 +1,1 @@
+"""Nothing lost: simulated faults, real processes under faults, and what recovery costs."""
