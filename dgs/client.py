@@ -285,7 +285,7 @@ class Client:
         joined = parse(pb.JoinReply, reply)
         if len(joined.cursor) > MAX_CURSOR_BYTES:
             raise MalformedError(
-                f"{self._address(shard)} gave a cursor of {len(joined.cursor)} bytes; at most "
+                f"{self._transports[shard].address} gave a cursor of {len(joined.cursor)} bytes; at most "
                 f"{MAX_CURSOR_BYTES} are allowed"
             )
         return joined
@@ -348,9 +348,7 @@ class Client:
     def _intact(self, shard: int, method: Method, request: bytes) -> bytes:
         """Call, and ask again for a reply that was damaged on its way."""
         start, stop = self._ranges[shard]
-        twice = 2 * self._config.download_density  # what a tracked selection may return
-        share = min(1.0, twice) if method is Method.EXCHANGE else 1.0
-        most_bytes = round(5 * share * (stop - start))  # an entry has an index as well
+        most_bytes = _most_bytes(method, stop - start, self._config.download_density)
         retry = self._config.retry
         timeout_s = retry.budget_s + retry.room_s(len(request) + most_bytes)
         for attempt in range(DAMAGED_REPLIES):
@@ -361,11 +359,10 @@ class Client:
             except ChecksumError:
                 if attempt == DAMAGED_REPLIES - 1:
                     raise
-                logger.warning("a reply of %s was damaged; asking again", self._address(shard))
+                logger.warning(
+                    "a reply of %s was damaged; asking again", self._transports[shard].address
+                )
         return reply
-
-    def _address(self, shard: int) -> str:
-        return self._transports[shard].address
 
     def _for_all(self, call: Callable[[int], bytes]) -> list[bytes]:
         pool = self._threads() if len(self._transports) > 1 else None
@@ -404,14 +401,7 @@ class Client:
             self.name = name
 
     def _leave(self) -> None:
-        for transport, t in zip(self._transports, self._tickets, strict=False):
-            request = pb.LeaveRequest(
-                run=t.run, worker_id=t.worker_id, member=t.member, incarnation=t.incarnation
-            )
-            try:
-                transport.call(Method.LEAVE, request.SerializeToString(), timeout_s=LEAVE_BUDGET_S)
-            except DgsError as e:
-                logger.info("could not leave %s: %s", transport.address, e)
+        _leave_all(self._transports, self._tickets)
         self._tickets = []
 
     def close(self, *, leave: bool) -> None:
@@ -428,6 +418,24 @@ class Client:
             transport.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True)
+
+
+def _leave_all(transports: Sequence[Transport], tickets: Sequence[Ticket]) -> None:
+    """Free the servers' records, as far as they can be told."""
+    for transport, t in zip(transports, tickets, strict=False):
+        request = pb.LeaveRequest(
+            run=t.run, worker_id=t.worker_id, member=t.member, incarnation=t.incarnation
+        )
+        try:
+            transport.call(Method.LEAVE, request.SerializeToString(), timeout_s=LEAVE_BUDGET_S)
+        except DgsError as e:
+            logger.info("could not leave %s: %s", transport.address, e)
+
+
+def _most_bytes(method: Method, size: int, density: float) -> int:
+    """Return about how long a reply can be, of a shard of so many values."""
+    share = min(1.0, 2 * density) if method is Method.EXCHANGE else 1.0  # tracked: up to twice
+    return round(5 * share * size)  # an entry has an index as well
 
 
 def settled(outcomes: Sequence[bytes | DgsError]) -> list[bytes]:

@@ -253,15 +253,8 @@ class Registry:
             raise UnknownWorkerError(f"worker {worker.name!r} has no such session; join again")
         return session
 
-    def discard(self, session: Session) -> None:
-        """Forget a session whose last request broke off half done; its worker must join again."""
-        worker = self._workers[session.worker]
-        self.settle(session)
-        if worker.live.get(session.member) is session:
-            del worker.live[session.member]
-
     def forget(self, number: int, member: int) -> None:
-        """Forget a worker's sessions, as if they had never been; it must join again."""
+        """Forget a member's sessions, as if they had never been; its worker must join again."""
         worker = self._by_number.get(number)
         if worker is not None:
             worker.live.pop(member, None)

@@ -205,7 +205,7 @@ class ParameterServer:
                 )
         except BaseException:  # half done: the same request must never be applied again
             self.state.is_torn = True
-            self.state.registry.discard(session)
+            self.state.registry.forget(header.worker_id, header.member)
             raise
         if bad >= 0:
             name = session.part.name_at(int(indices[bad]))

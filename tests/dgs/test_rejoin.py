@@ -207,7 +207,7 @@ def test_a_dropped_session_is_joined_again_counted_and_keeps_what_was_not_sent()
     opt = wrap(model, server, worker="w")
     for _ in range(3):
         train_step(model, opt, data)
-    server.state.registry.discard(next(server.state.registry.sessions()))
+    server.state.registry.forget(0, 0)
     train_step(model, opt, data)
     assert opt.stats.rejoins == 1
     assert velocity(opt).any()
@@ -436,7 +436,7 @@ def test_a_session_dropped_after_it_exchanged_leaves_nothing_to_apply_twice() ->
     opt, _ = reopened(server, state)
     assert velocity(opt).any()  # nothing was applied since
     model_step(opt)
-    server.state.registry.discard(next(server.state.registry.sessions()))
+    server.state.registry.forget(0, 0)
     opt.close(leave=False)
     opt, _ = reopened(server, state)
     assert not velocity(opt).any()
