@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from dgs.config import RetryConfig, ServerConfig, StorageConfig, WorkerConfig
 from dgs.errors import DgsError
+from dgs.security import ClientSecurity, ServerSecurity
 
 if TYPE_CHECKING:
     from dgs.optimizer import DistributedOptimizer
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
     from dgs.serving import serve
 
 __all__ = [
+    "ClientSecurity",
     "DgsError",
     "DistributedOptimizer",
     "ParameterServer",
     "RetryConfig",
     "ServerConfig",
+    "ServerSecurity",
     "StorageConfig",
     "WorkerConfig",
     "serve",

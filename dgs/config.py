@@ -9,6 +9,7 @@ from os import PathLike, fspath
 from typing import Literal, get_args
 
 from dgs.errors import ConfigError
+from dgs.security import ClientSecurity
 
 __all__ = [
     "SLOWEST_BYTES_PER_S",
@@ -191,6 +192,10 @@ class WorkerConfig:
     retry: RetryConfig = field(default_factory=RetryConfig)
     """How long a worker waits for its server."""
 
+    security: ClientSecurity | None = None
+    """Certificates and token to reach servers with; None: as ``DGS_TLS_CA``, ``DGS_TLS_CERT``,
+    ``DGS_TLS_KEY`` and ``DGS_TOKEN_FILE`` say."""
+
     def __post_init__(self) -> None:
         """Check every field and their combination."""
         _require_choice("rule", self.rule, Rule)
@@ -215,6 +220,8 @@ class WorkerConfig:
         every, wanted = self.checkpoint_every, "give checkpoint=PATH as well, to write to"
         _require(not every or bool(fspath(place)), "checkpoint_every", every, wanted)
         _require(isinstance(self.retry, RetryConfig), "retry", self.retry, "give a RetryConfig")
+        shown, wanted = self.security, "give a ClientSecurity"
+        _require(shown is None or isinstance(shown, ClientSecurity), "security", shown, wanted)
         if self.rule == "none" and (self.density < 1.0 or self.values != "float32"):
             raise ConfigError(
                 "rule='none' keeps nothing back, so it needs density=1.0 and values='float32' "

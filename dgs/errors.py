@@ -15,6 +15,7 @@ __all__ = [
     "ConfigError",
     "DgsError",
     "FencedError",
+    "ForbiddenError",
     "ForkError",
     "InternalError",
     "MalformedError",
@@ -25,6 +26,7 @@ __all__ = [
     "ServerUnavailableError",
     "StateError",
     "TooLargeError",
+    "UnauthenticatedError",
     "UnknownWorkerError",
     "ViewError",
     "WrongRunError",
@@ -116,6 +118,20 @@ class TooLargeError(DgsError, ValueError):
     reason = "too-large"
 
 
+class UnauthenticatedError(DgsError, PermissionError):
+    """One side could not prove to the other who it is; trying again does not help."""
+
+    code = "UNAUTHENTICATED"
+    reason = "unauthenticated"
+
+
+class ForbiddenError(DgsError, PermissionError):
+    """The caller is known, and may not do this; trying again does not help."""
+
+    code = "PERMISSION_DENIED"
+    reason = "forbidden"
+
+
 class NotReadyError(DgsError):
     """The server cannot answer yet, but will: ask again. Retryable."""
 
@@ -169,6 +185,8 @@ _BY_REASON: dict[str, type[DgsError]] = {
         UnknownWorkerError,
         SequenceError,
         TooLargeError,
+        UnauthenticatedError,
+        ForbiddenError,
         NotReadyError,
         ServerUnavailableError,
         InternalError,

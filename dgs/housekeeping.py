@@ -18,11 +18,14 @@ from dgs.durable import Durable
 from dgs.errors import DgsError, StateError
 from dgs.leases import Leases
 from dgs.messages import parse
+from dgs.security import ServerSecurity
 from dgs.server import ParameterServer
 from dgs.transport.guard import GuardedHandler, Handler
 
 __all__ = [
     "Chore",
+    "Door",
+    "DoorChore",
     "Housekeeper",
     "LeaseChore",
     "Reporting",
@@ -35,6 +38,9 @@ logger = logging.getLogger("dgs.server")
 
 _RETRY_S = 10.0
 """Seconds until a snapshot that failed is tried again."""
+
+_LOOK_S = 60.0
+"""Seconds between two looks at the certificate."""
 
 Clock = Callable[[], float]
 
@@ -183,6 +189,60 @@ class TroubleChore:
 
     def report(self, status: pb.StatusReply) -> None:
         """Add nothing: `SnapshotChore` does."""
+
+
+class Door(Protocol):
+    """What lets callers in, as far as it has to be looked after."""
+
+    @property
+    def security(self) -> ServerSecurity:
+        """Return whom it lets in."""
+        ...
+
+    @property
+    def certificate_ends_s(self) -> float:
+        """Return the Unix time after which its certificate is not valid; 0 without one."""
+        ...
+
+    @property
+    def turned_away(self) -> int:
+        """Return how many calls were refused for who made them."""
+        ...
+
+    def look(self) -> None:
+        """Warn if the certificate ends soon."""
+        ...
+
+
+class DoorChore:
+    """Warn before the server's certificate ends.
+
+    Args:
+        door: lets callers in.
+        clock: tells seconds; never goes back.
+    """
+
+    def __init__(self, door: Door, clock: Clock = time.monotonic) -> None:
+        """Look at once."""
+        self._door = door
+        self._clock = clock
+        self._next_s = clock()
+
+    def do(self) -> None:
+        """Look, once a minute."""
+        now = self._clock()
+        if now >= self._next_s:
+            self._next_s = now + _LOOK_S
+            self._door.look()
+
+    def report(self, status: pb.StatusReply) -> None:
+        """Add who is let in, and until when."""
+        door, told = self._door, status.security
+        told.tls = door.security.tls
+        told.client_certificates = bool(door.security.tls_ca)
+        told.tokens = bool(door.security.token_file)
+        told.certificate_ends_s = door.certificate_ends_s
+        told.turned_away = door.turned_away
 
 
 class Reporting:

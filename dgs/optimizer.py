@@ -118,7 +118,7 @@ class DistributedOptimizer(Optimizer):
         self._file = state_file(config.checkpoint, config.worker) if config.checkpoint else None
         saved = _read_checkpoint(self._file, config.worker)
         name = config.worker or _random_name()
-        transports = connect(server, config.retry)
+        transports = connect(server, config.retry, security=config.security)
         try:
             self._exchanger = Exchanger(self._binding, transports, config, name)
         except BaseException:

@@ -25,6 +25,7 @@ from typing import IO
 
 from dgs import watchdog
 from dgs.errors import ConfigError, ServerUnavailableError
+from dgs.security import WITHIN_THE_MACHINE
 
 __all__ = [
     "Command",
@@ -401,7 +402,8 @@ class LocalServer:
         argv = [sys.executable, "-m", "dgs", "server", "--listen", listen, "--json"]
         self._listens.clear()
         self._tail.clear()
-        command = Command(self.label, [*argv, *self._arguments], {"PYTHONUNBUFFERED": "1"})
+        env = {**WITHIN_THE_MACHINE, "PYTHONUNBUFFERED": "1"}
+        command = Command(self.label, [*argv, *self._arguments], env)
         self._group.start(command, self._take)
 
     @property

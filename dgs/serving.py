@@ -16,6 +16,7 @@ from dgs.config import ServerConfig, StorageConfig
 from dgs.durable import Durable, Recovery
 from dgs.housekeeping import (
     Chore,
+    DoorChore,
     Housekeeper,
     LeaseChore,
     Reporting,
@@ -23,10 +24,12 @@ from dgs.housekeeping import (
     TroubleChore,
     final_snapshot,
 )
+from dgs.security import ServerSecurity
 from dgs.server import ParameterServer
 from dgs.space import FloatArray
 from dgs.storage.commit import GroupCommit
 from dgs.storage.disk import FolderDisk
+from dgs.transport.gate import Gate
 from dgs.transport.guard import GuardedHandler, Handler
 
 if TYPE_CHECKING:
@@ -119,6 +122,7 @@ def serve(
     config: ServerConfig | None = None,
     state_dir: str | Path | None = None,
     storage: StorageConfig | None = None,
+    security: ServerSecurity | None = None,
     wrap: Callable[[Handler], Handler] = lambda handler: handler,
     on_trouble: Callable[[str], object] = lambda trouble: None,
 ) -> ServerHandle:
@@ -133,6 +137,8 @@ def serve(
             power loss; a server that is started on it again goes on where it was. Without it the
             state is in memory only.
         storage: how the state directory is kept.
+        security: whom to let in, by certificates and tokens; None for everyone, in plaintext, which
+            only loopback allows.
         wrap: puts something around what answers the requests, such as a log of who joins.
         on_trouble: called once, from another thread, if the state cannot be kept any more: then
             nothing is acknowledged until the server is started again.
@@ -142,7 +148,8 @@ def serve(
 
     Raises:
         AddressInUseError: another process listens there.
-        ConfigError: the address is not HOST:PORT.
+        ConfigError: the address is not HOST:PORT; other machines could reach it, and `security`
+            neither authenticates them nor says that this is meant; or a file of it is wrong.
         StateError: the state directory is in use, damaged, or not to be written; says what to do.
 
     Example:
@@ -163,14 +170,20 @@ def serve(
         reports: list[Callable[[pb.StatusReply], None]] = []
         handler = wrap(Reporting(durable or core, reports))
         guard = GuardedHandler(handler, GroupCommit(durable) if durable else None)
-        grpc_handle = serve_handler(guard, address, max_in_flight_bytes=config.max_in_flight_bytes)
+        grpc_handle = serve_handler(
+            guard,
+            address,
+            max_in_flight_bytes=config.max_in_flight_bytes,
+            security=security,
+            gate=Gate(lambda number: core.state.registry.name_of(number)),
+        )
         stack.callback(grpc_handle.stop, 0.0)
 
         def tell(trouble: str) -> None:
             grpc_handle.set_serving(False)
             on_trouble(trouble)
 
-        chores: list[Chore] = [LeaseChore(guard, core)]
+        chores: list[Chore] = [LeaseChore(guard, core), DoorChore(grpc_handle.door)]
         if durable is not None:
             stack.callback(final_snapshot, durable)
             chores.append(SnapshotChore(guard, durable, storage or StorageConfig()))

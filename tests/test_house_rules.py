@@ -18,11 +18,13 @@ import dgs
 from tests.helpers.source_tree import ROOT, Module, imported, modules
 
 PUBLIC_NAMES_OF_DGS = [
+    "ClientSecurity",
     "DgsError",
     "DistributedOptimizer",
     "ParameterServer",
     "RetryConfig",
     "ServerConfig",
+    "ServerSecurity",
     "StorageConfig",
     "WorkerConfig",
     "serve",

@@ -16,7 +16,7 @@ FACADE = "__init__"
 LAYERS = (
     ("_proto",),
     ("errors",),
-    ("config", "leases", "metrics", "storage"),
+    ("config", "leases", "metrics", "security", "storage"),
     ("space", "view", "cover", "bits"),
     ("select", "quantize", "codec", "frame", "momentum", "messages", "kernels"),
     ("changes", "shard"),
@@ -28,7 +28,7 @@ LAYERS = (
     ("transport",),
     ("client",),
     ("binding", "checkpoint", "exchange", "optimizer"),
-    ("housekeeping", "serving", "processes", "watchdog"),
+    ("authority", "housekeeping", "serving", "processes", "watchdog"),
     (FACADE,),
     ("demo", "sim"),
     ("cli",),
@@ -55,8 +55,9 @@ RESERVED = {
     "google.protobuf": r"dgs\.messages|dgs\.transport\.grpc_\w+|dgs\._proto\..*",
     "dgs._proto": (
         r"dgs\.(messages|joining|session|registry|server|client|housekeeping|serving)"
-        r"|dgs\.(transport\.grpc_|_proto\.)\w+"
+        r"|dgs\.transport\.gate|dgs\.(transport\.grpc_|_proto\.)\w+"
     ),
+    "cryptography": r"dgs\.(authority|transport\.certificates)",
     "numba": r"dgs\.kernels\.cpu\w*",
     "triton": r"(dgs|moe)\.kernels\.gpu\w*",
 }

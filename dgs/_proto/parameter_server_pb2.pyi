@@ -166,7 +166,7 @@ class WorkerStatus(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., member: _Optional[int] = ..., incarnation: _Optional[int] = ..., exchanges: _Optional[int] = ..., staleness_p50: _Optional[float] = ..., staleness_p99: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., behind: _Optional[int] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("run", "ready", "version", "shard", "num_shards", "range_start", "range_stop", "tensors", "workers", "refused", "initialiser", "staleness_p50", "staleness_p99", "bytes_up", "bytes_down", "evicted", "limits", "storage")
+    __slots__ = ("run", "ready", "version", "shard", "num_shards", "range_start", "range_stop", "tensors", "workers", "refused", "initialiser", "staleness_p50", "staleness_p99", "bytes_up", "bytes_down", "evicted", "limits", "storage", "security")
     RUN_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -185,6 +185,7 @@ class StatusReply(_message.Message):
     EVICTED_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     STORAGE_FIELD_NUMBER: _ClassVar[int]
+    SECURITY_FIELD_NUMBER: _ClassVar[int]
     run: int
     ready: bool
     version: int
@@ -203,7 +204,8 @@ class StatusReply(_message.Message):
     evicted: int
     limits: Limits
     storage: Storage
-    def __init__(self, run: _Optional[int] = ..., ready: bool = ..., version: _Optional[int] = ..., shard: _Optional[int] = ..., num_shards: _Optional[int] = ..., range_start: _Optional[int] = ..., range_stop: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., refused: _Optional[int] = ..., initialiser: _Optional[str] = ..., staleness_p50: _Optional[float] = ..., staleness_p99: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., evicted: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., storage: _Optional[_Union[Storage, _Mapping]] = ...) -> None: ...
+    security: Security
+    def __init__(self, run: _Optional[int] = ..., ready: bool = ..., version: _Optional[int] = ..., shard: _Optional[int] = ..., num_shards: _Optional[int] = ..., range_start: _Optional[int] = ..., range_stop: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., refused: _Optional[int] = ..., initialiser: _Optional[str] = ..., staleness_p50: _Optional[float] = ..., staleness_p99: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., evicted: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., storage: _Optional[_Union[Storage, _Mapping]] = ..., security: _Optional[_Union[Security, _Mapping]] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_workers", "record_bytes", "reply_bytes", "max_in_flight_bytes", "in_flight_bytes", "put_off", "lease_s", "max_reply_bytes")
@@ -240,3 +242,17 @@ class Storage(_message.Message):
     log_bytes: int
     trouble: str
     def __init__(self, position: _Optional[int] = ..., durable: _Optional[int] = ..., snapshot_position: _Optional[int] = ..., snapshot_age_s: _Optional[float] = ..., log_bytes: _Optional[int] = ..., trouble: _Optional[str] = ...) -> None: ...
+
+class Security(_message.Message):
+    __slots__ = ("tls", "client_certificates", "tokens", "certificate_ends_s", "turned_away")
+    TLS_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_CERTIFICATES_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_ENDS_S_FIELD_NUMBER: _ClassVar[int]
+    TURNED_AWAY_FIELD_NUMBER: _ClassVar[int]
+    tls: bool
+    client_certificates: bool
+    tokens: bool
+    certificate_ends_s: float
+    turned_away: int
+    def __init__(self, tls: bool = ..., client_certificates: bool = ..., tokens: bool = ..., certificate_ends_s: _Optional[float] = ..., turned_away: _Optional[int] = ...) -> None: ...

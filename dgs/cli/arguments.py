@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+from dgs.security import ClientSecurity
 
 __all__ = [
     "Run",
     "SubParsers",
     "add_command",
+    "add_file_options",
+    "add_security_options",
     "add_server_option",
     "add_timeout_option",
+    "client_security",
     "non_negative_int",
     "non_negative_seconds",
     "positive_int",
@@ -73,6 +78,50 @@ def add_server_option(parser: argparse.ArgumentParser) -> None:
         default=known,
         required=known is None,
         help="address of the server, or of all shards in their order (default: $DGS_SERVER)",
+    )
+
+
+def add_security_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a client shows of itself."""
+    add_file_options(
+        parser.add_argument_group("security"),
+        {
+            "--tls-ca": "CA certificate of the servers; encrypts",
+            "--tls-cert": "certificate to show to them",
+            "--tls-key": "its private key",
+            "--token-file": "file with the token to send",
+        },
+    )
+
+
+def add_file_options(group: argparse._ArgumentGroup, helps: Mapping[str, str]) -> None:
+    """Add options that name files, each of which an environment variable stands in for.
+
+    Args:
+        group: to add them to.
+        helps: help texts, by option.
+    """
+    for option, text in helps.items():
+        variable = "DGS_" + option[2:].replace("-", "_").upper()
+        group.add_argument(
+            option,
+            metavar="FILE",
+            default=os.environ.get(variable, ""),
+            help=f"{text} (default: ${variable})",
+        )
+
+
+def client_security(args: argparse.Namespace) -> ClientSecurity:
+    """Return what the options of `add_security_options` say.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    return ClientSecurity(
+        tls_ca=args.tls_ca,
+        tls_cert=args.tls_cert,
+        tls_key=args.tls_key,
+        token_file=args.token_file,
     )
 
 

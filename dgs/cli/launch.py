@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from dgs.cli.arguments import SubParsers, add_command, non_negative_int, positive_int
 from dgs.cli.console import is_terminal, labelled, note, say
@@ -22,6 +23,7 @@ from dgs.cli.saving import (
 )
 from dgs.errors import ConfigError, ServerUnavailableError
 from dgs.processes import Command, LocalServer, OnLine, ProcessGroup, start_all
+from dgs.security import WITHIN_THE_MACHINE, ClientSecurity
 from dgs.transport.address import check_resolvable, split_address
 from dgs.transport.connect import split_addresses
 
@@ -107,7 +109,10 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         help="number of servers to start, each with a part of the model (default: 1)",
     )
     servers.add_argument(
-        "--server", metavar="ADDR[,ADDR...]", help="servers that run already, in their order"
+        "--server",
+        metavar="ADDR[,ADDR...]",
+        help="servers that run already, in their order; certificates and tokens as DGS_TLS_CA, "
+        "DGS_TLS_CERT, DGS_TLS_KEY and DGS_TOKEN_FILE say",
     )
     parser.add_argument(
         "--init",
@@ -139,7 +144,8 @@ def run(args: argparse.Namespace) -> int:
     with ProcessGroup(_printer(prefix=not args.no_prefix)) as group:
         servers = [] if given else _started(group, args)
         addresses = given or [server.address for server in servers]
-        workers = worker_commands(program, addresses, args.workers, os.environ)
+        more = {} if given else WITHIN_THE_MACHINE
+        workers = worker_commands(program, addresses, args.workers, os.environ, more)
         plural = "s" if args.workers > 1 else ""
         note(f"{args.workers} worker{plural}, server {','.join(addresses)}")
         if threads := workers[0].env.get(THREADS):
@@ -152,8 +158,13 @@ def run(args: argparse.Namespace) -> int:
                 "make a dgs.DistributedOptimizer? (without server=..., it reads DGS_SERVER)"
             )
         if code == 0 and args.save is not None:
-            save_final(addresses, args.save)
+            save_final(addresses, args.save, _security(args))
     return code
+
+
+def _security(args: argparse.Namespace) -> ClientSecurity | None:
+    """Return how to reach the servers: those of the user's as the environment says."""
+    return None if args.server else ClientSecurity()
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -221,18 +232,22 @@ def _train(course: Course, addresses: Sequence[str], args: argparse.Namespace) -
         raise
     except BrokenPipeError:  # nobody reads the output any more
         if save is not None:
-            save_reached(addresses, save)
+            save_reached(addresses, save, _security(args))
         raise
     if code != 0 and save is not None:
         if course.hurried:
             not_saved(save, "interrupted twice")
         else:
-            save_reached(addresses, save)
+            save_reached(addresses, save, _security(args))
     return code
 
 
 def worker_commands(
-    program: Sequence[str], addresses: Sequence[str], count: int, environ: Mapping[str, str]
+    program: Sequence[str],
+    addresses: Sequence[str],
+    count: int,
+    environ: Mapping[str, str],
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Command]:
     """Return what to run for each worker.
 
@@ -241,8 +256,10 @@ def worker_commands(
         addresses: of the servers, in their order.
         count: number of workers.
         environ: the environment that the workers inherit.
+        more: what they get besides.
     """
     common = {
+        **more,
         "DGS_SERVER": ",".join(addresses),
         "DGS_NUM_WORKERS": str(count),
         "PYTHONUNBUFFERED": "1",

@@ -31,7 +31,7 @@ exit codes:
 def make_parser() -> argparse.ArgumentParser:
     """Return the program's parser, with all commands."""
     # not before there is somebody to take Ctrl-C: they import torch, which takes seconds
-    from dgs.cli import demo, launch, pull, server, snapshot, status
+    from dgs.cli import certs, demo, launch, pull, server, snapshot, status
 
     parser = argparse.ArgumentParser(
         prog="dgs",
@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dgs {_version()}")
     parser.add_argument("--debug", action="store_true", help="show where an error was raised")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (server, launch, pull, status, snapshot, demo):
+    for command in (server, launch, pull, status, snapshot, certs, demo):
         command.add_parser(commands)
     return parser
 

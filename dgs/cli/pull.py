@@ -7,11 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dgs.cli.arguments import SubParsers, add_command, add_server_option, add_timeout_option
+from dgs.cli.arguments import (
+    SubParsers,
+    add_command,
+    add_security_options,
+    add_server_option,
+    add_timeout_option,
+    client_security,
+)
 from dgs.cli.console import print_json, say, words_for_bytes
 from dgs.cli.model_file import check_writable, write_model
 from dgs.client import pull_model, server_status
 from dgs.config import RetryConfig
+from dgs.security import ClientSecurity
 from dgs.transport.connect import connect, split_addresses
 
 __all__ = ["add_parser", "pull_to_file", "run"]
@@ -37,6 +45,7 @@ def add_parser(subparsers: SubParsers[argparse.ArgumentParser]) -> None:
         example=EXAMPLE,
     )
     add_server_option(parser)
+    add_security_options(parser)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="safetensors file to write"
     )
@@ -46,7 +55,9 @@ def add_parser(subparsers: SubParsers[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the command."""
-    written = pull_to_file(split_addresses(args.server), args.out, timeout_s=args.timeout_s)
+    security = client_security(args)
+    addresses = split_addresses(args.server)
+    written = pull_to_file(addresses, args.out, timeout_s=args.timeout_s, security=security)
     if args.json:
         print_json(written)
     else:
@@ -57,7 +68,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def pull_to_file(addresses: Sequence[str], out: Path, *, timeout_s: float) -> dict[str, Any]:
+def pull_to_file(
+    addresses: Sequence[str],
+    out: Path,
+    *,
+    timeout_s: float,
+    security: ClientSecurity | None = None,
+) -> dict[str, Any]:
     """Fetch the model and write it.
 
     Args:
@@ -66,6 +83,7 @@ def pull_to_file(addresses: Sequence[str], out: Path, *, timeout_s: float) -> di
             of each shard, separated by commas. The model holds at least the updates that
             ``version`` counts.
         timeout_s: seconds to keep trying, for each call.
+        security: certificates and token; None reads the environment.
 
     Returns:
         What was written: ``out``, ``version``, ``run``, ``tensors``, ``parameters``, ``bytes``.
@@ -76,7 +94,7 @@ def pull_to_file(addresses: Sequence[str], out: Path, *, timeout_s: float) -> di
         ConfigError: these are not all shards in order, or the file cannot be written.
     """
     check_writable(out)
-    transports = connect(list(addresses), RetryConfig())
+    transports = connect(list(addresses), RetryConfig(), security=security)
     try:
         statuses = [server_status(t, timeout_s=timeout_s) for t in transports]
         model = pull_model(transports, timeout_s=timeout_s)

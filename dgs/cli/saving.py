@@ -11,6 +11,7 @@ from dgs.cli.pull import pull_to_file
 from dgs.client import server_status
 from dgs.config import RetryConfig
 from dgs.errors import DgsError
+from dgs.security import ClientSecurity
 from dgs.transport.connect import connect
 
 __all__ = [
@@ -47,14 +48,14 @@ def words_for_updates(version: str) -> str:
     return f"{low}{counts[-1]} update{plural}"
 
 
-def save_final(addresses: Sequence[str], out: Path) -> None:
+def save_final(addresses: Sequence[str], out: Path, security: ClientSecurity | None) -> None:
     """Write the model of a run that has ended well.
 
     Raises:
         DgsError: nothing was written; says why.
     """
     try:
-        written = pull_to_file(addresses, out, timeout_s=FINAL_S)
+        written = pull_to_file(addresses, out, timeout_s=FINAL_S, security=security)
     except DgsError as error:
         raise type(error)(f"nothing was saved to {out}: {error}") from error
     except KeyboardInterrupt:
@@ -63,10 +64,10 @@ def save_final(addresses: Sequence[str], out: Path) -> None:
     note(_wrote(written))
 
 
-def save_reached(addresses: Sequence[str], out: Path) -> None:
+def save_reached(addresses: Sequence[str], out: Path, security: ClientSecurity | None) -> None:
     """Write what the model has reached in a run that has failed, or say that nothing was saved."""
     try:
-        written = pull_to_file(addresses, out, timeout_s=REACHED_S)
+        written = pull_to_file(addresses, out, timeout_s=REACHED_S, security=security)
     except DgsError as error:
         not_saved(out, str(error))
     except KeyboardInterrupt:
@@ -82,8 +83,8 @@ def not_saved(out: Path, why: str) -> None:
 
 
 def nobody_joined(address: str) -> bool:
-    """Return whether no worker has ever joined a server that still answers."""
-    [transport] = connect(address, RetryConfig())
+    """Return whether no worker has ever joined a server of this machine that still answers."""
+    [transport] = connect(address, RetryConfig(), security=ClientSecurity())
     try:
         status = server_status(transport, timeout_s=STATUS_S)
     except DgsError:
@@ -94,12 +95,12 @@ def nobody_joined(address: str) -> bool:
 
 
 def words_for_start(addresses: Sequence[str]) -> str:
-    """Say which version of the model servers have, before anybody trains it.
+    """Say which version of the model servers of this machine have, before anybody trains it.
 
     Raises:
         ServerUnavailableError: a server does not answer.
     """
-    transports = connect(list(addresses), RetryConfig())
+    transports = connect(list(addresses), RetryConfig(), security=ClientSecurity())
     try:
         statuses = [server_status(transport, timeout_s=STATUS_S) for transport in transports]
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import logging
 import os
 import queue
@@ -16,6 +15,7 @@ from types import FrameType
 from dgs.cli.arguments import (
     SubParsers,
     add_command,
+    add_file_options,
     non_negative_int,
     non_negative_seconds,
     positive_int,
@@ -26,13 +26,14 @@ from dgs.cli.model_file import read_model
 from dgs.client import server_status
 from dgs.config import ServerConfig, StorageConfig
 from dgs.errors import DgsError, ModelMismatchError, StateError
+from dgs.security import ServerSecurity
 from dgs.serving import serve
 from dgs.tracker import FloatArray
-from dgs.transport.address import split_address
+from dgs.transport.address import is_loopback, split_address
 from dgs.transport.guard import Handler
 from dgs.transport.local import LocalTransport
 
-__all__ = ["add_parser", "is_loopback", "run"]
+__all__ = ["add_parser", "run"]
 
 logger = logging.getLogger("dgs.server")
 
@@ -111,8 +112,33 @@ def add_parser(subparsers: SubParsers[argparse.ArgumentParser]) -> None:
         metavar="N",
         help="every Nth reply carries a check of the worker's copy; 0: none (default: %(default)s)",
     )
+    _add_security_options(parser)
     parser.add_argument("--json", action="store_true", help="print the address as JSON")
     parser.add_argument("--verbose", action="store_true", help="log joins, leaves and refusals")
+
+
+def _add_security_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "security",
+        "Beyond loopback, a server wants TLS, and certificates or tokens of its clients. All "
+        "files are read again when they change. 'dgs certs' and 'dgs token' make them.",
+    )
+    add_file_options(
+        group,
+        {
+            "--tls-cert": "the server's certificate",
+            "--tls-key": "its private key",
+            "--tls-ca": "CA certificate of the clients, which must then show certificates of it; "
+            "without --token-file, each may act as the workers that its certificate names",
+            "--token-file": "file with the tokens that clients must send, a line 'NAME ROLE "
+            "sha256:HEX' each; they then say who may act as which worker",
+        },
+    )
+    group.add_argument(
+        "--insecure",
+        action="store_true",
+        help="listen beyond loopback although all who reach the port can read and change the model",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -121,6 +147,13 @@ def run(args: argparse.Namespace) -> int:
         max_workers=args.max_workers, hash_interval=args.hash_interval, lease_s=args.lease
     )
     storage = StorageConfig(snapshot_interval_s=args.snapshot_interval)
+    security = ServerSecurity(
+        tls_cert=args.tls_cert,
+        tls_key=args.tls_key,
+        tls_ca=args.tls_ca,
+        token_file=args.token_file,
+        insecure=args.insecure,
+    )
     host, _ = split_address(args.listen, port_zero=True)
     if args.verbose:
         logging.getLogger("dgs").setLevel(logging.INFO)
@@ -136,14 +169,14 @@ def run(args: argparse.Namespace) -> int:
             config=config,
             state_dir=args.state_dir,
             storage=storage,
+            security=security,
             wrap=wrap,
             on_trouble=lambda trouble: signals.put(0),
         )
-        if not is_loopback(host):
+        if not is_loopback(host) and not (security.tls and security.authenticates):
             note(
-                f"warning: {handle.address} is not confined to this machine, and there is neither "
-                "authentication nor encryption: whoever reaches the port can read and change the "
-                "model. Use a network you trust, a tunnel, or 127.0.0.1"
+                f"warning: {handle.address} is not confined to this machine, and --insecure was "
+                "given: whoever reaches the port can read and change the model"
             )
         _announce(handle.address, as_json=args.json)
         signals.get()
@@ -152,19 +185,6 @@ def run(args: argparse.Namespace) -> int:
     if handle.trouble:
         raise StateError(handle.trouble)
     return 0
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only processes of the same machine can reach a host's ports.
-
-    Example:
-        >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("0.0.0.0")
-        (True, True, False)
-    """
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _initial(path: Path) -> dict[str, FloatArray]:

@@ -16,8 +16,10 @@ from rich.text import Text
 from dgs.cli.arguments import (
     SubParsers,
     add_command,
+    add_security_options,
     add_server_option,
     add_timeout_option,
+    client_security,
     positive_seconds,
 )
 from dgs.cli.console import (
@@ -31,6 +33,7 @@ from dgs.cli.status_tables import Described, away, heading, tables, troubles
 from dgs.client import server_status
 from dgs.config import RetryConfig
 from dgs.errors import ServerUnavailableError
+from dgs.security import ClientSecurity
 from dgs.transport.base import Transport
 from dgs.transport.connect import connect, split_addresses
 from dgs.transport.grpc_client import GrpcTransport
@@ -59,6 +62,7 @@ def add_parser(subparsers: SubParsers[argparse.ArgumentParser]) -> None:
         example=EXAMPLE,
     )
     add_server_option(parser)
+    add_security_options(parser)
     add_timeout_option(parser, 5.0)
     parser.add_argument("--json", action="store_true", help="print JSON, one line per look")
     parser.add_argument(
@@ -75,7 +79,8 @@ def add_parser(subparsers: SubParsers[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Carry out the command."""
     addresses = split_addresses(args.server)
-    transports = connect(addresses, RetryConfig())
+    security = client_security(args)
+    transports = connect(addresses, RetryConfig(), security=security)
     try:
         first = describe(transports, timeout_s=args.timeout_s)
     finally:
@@ -84,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     if args.watch is None:
         _show(first, as_json=args.json)
     else:
-        _watch(first, addresses, args)
+        _watch(first, addresses, security, args)
     return 0
 
 
@@ -144,6 +149,7 @@ def describe_reply(address: str, s: Any) -> Described:
         "evicted": s.evicted,
         "limits": _fields(s.limits) if s.HasField("limits") else None,
         "storage": _fields(s.storage) if s.HasField("storage") else None,
+        "security": _fields(s.security) if s.HasField("security") else None,
         "workers": [
             {
                 "worker": w.worker,
@@ -177,8 +183,13 @@ def _show(status: Described, *, as_json: bool) -> None:
         say(f"\x1b[31m{line}\x1b[0m" if is_terminal() else line)
 
 
-def _watch(first: Described, addresses: Sequence[str], args: argparse.Namespace) -> None:
-    looks = _looks(first, addresses, args.watch, args.timeout_s)
+def _watch(
+    first: Described,
+    addresses: Sequence[str],
+    security: ClientSecurity,
+    args: argparse.Namespace,
+) -> None:
+    looks = _looks(first, addresses, security, args.watch, args.timeout_s)
     if args.json:
         for status in looks:
             print_json(status)
@@ -199,13 +210,17 @@ def _watch(first: Described, addresses: Sequence[str], args: argparse.Namespace)
 
 
 def _looks(
-    first: Described, addresses: Sequence[str], pause_s: float, timeout_s: float
+    first: Described,
+    addresses: Sequence[str],
+    security: ClientSecurity,
+    pause_s: float,
+    timeout_s: float,
 ) -> Iterator[Described]:
     """Yield what is seen at each look, without end."""
     pause = threading.Event()  # never set: a wait that Ctrl-C ends
     with ExitStack() as stack:
         # one attempt each: the next look is the retry, and a server that is away is shown as such
-        transports = [GrpcTransport(address) for address in addresses]
+        transports = [GrpcTransport(address, security=security) for address in addresses]
         for transport in transports:
             stack.callback(transport.close)
         yield first

@@ -28,6 +28,14 @@ AWAY_COLUMNS = ("server", "put off", "evicted", "lease")
 STORAGE_TITLE = "storage (requests applied, on disk, in the newest snapshot)"
 STORAGE_COLUMNS = ("server", "applied", "on disk", "snapshot", "age", "log", "state")
 
+SECURITY_TITLE = "security (turned away: calls refused for who made them)"
+SECURITY_COLUMNS = ("server", "encrypted", "callers show", "certificate ends", "turned away")
+
+WARN_BEFORE_S = 7 * 86400.0
+"""Seconds before its end at which a certificate is to be replaced."""
+
+_YEAR_10000_S = 253402300800.0
+
 LONGEST_AGE_S = 10 * 365 * 86400
 """Incarnations are clock readings; one that would be older than this is none."""
 
@@ -40,6 +48,7 @@ def tables(status: Described) -> list[TableParts]:
         (WORKERS_TITLE, WORKER_COLUMNS, _worker_rows(servers)),
         (MEMORY_TITLE, MEMORY_COLUMNS, [_memory_row(s) for s in servers if s.get("limits")]),
         (AWAY_TITLE, AWAY_COLUMNS, [_away_row(s) for s in servers if s.get("limits")]),
+        (SECURITY_TITLE, SECURITY_COLUMNS, [_security_row(s) for s in servers if _is_secured(s)]),
         (STORAGE_TITLE, STORAGE_COLUMNS, [_storage_row(s) for s in servers if s.get("storage")]),
     ]
     return [table for n, table in enumerate(found) if n < 2 or table[2]]
@@ -107,6 +116,37 @@ def _away_row(server: Described) -> list[str]:
     ]
 
 
+def _is_secured(server: Described) -> bool:
+    """Whether there is anything to say; a server on loopback mostly has no security."""
+    told = server.get("security") or {}
+    return any(told.get(name) for name in ("tls", "tokens"))
+
+
+def _security_row(server: Described) -> list[str]:
+    told = server["security"]
+    shown = [("certificate", told["client_certificates"]), ("token", told["tokens"])]
+    return [
+        server["address"],
+        "yes" if told["tls"] else "NO",
+        " and ".join(name for name, asked in shown if asked) or "NOTHING",
+        _words_for_end(told["certificate_ends_s"]),
+        str(told["turned_away"]),
+    ]
+
+
+def _words_for_end(ends_s: float) -> str:
+    """Write when a certificate ends, a Unix time.
+
+    Example:
+        >>> _words_for_end(0.0), _words_for_end(1.0)
+        ('-', '1970-01-01: EXPIRED')
+    """
+    if not 0 < ends_s < _YEAR_10000_S:
+        return "-"
+    day, left_s = time.strftime("%Y-%m-%d", time.gmtime(ends_s)), ends_s - time.time()
+    return f"{day}: EXPIRED" if left_s <= 0 else f"{day} (in {words_for_seconds(left_s)})"
+
+
 def _part(count_bytes: int, limit_bytes: int) -> str:
     return f"{words_for_bytes(count_bytes)}/{words_for_bytes(limit_bytes)}"
 
@@ -125,11 +165,21 @@ def _storage_row(server: Described) -> list[str]:
 
 
 def troubles(status: Described) -> list[str]:
-    """Tell which servers acknowledge nothing, and why."""
-    return [
+    """Tell which servers acknowledge nothing, and why, and whose certificates end within a week."""
+    stuck = [
         f"server {s['address']} acknowledges nothing: {s['storage']['trouble']}"
         for s in status["servers"]
         if (s.get("storage") or {}).get("trouble")
+    ]
+    ends = [
+        (s["address"], (s.get("security") or {}).get("certificate_ends_s"))
+        for s in status["servers"]
+    ]
+    soon_s = time.time() + WARN_BEFORE_S
+    return stuck + [
+        f"server {address} needs a new certificate: this one ends {_words_for_end(ends_s)}"
+        for address, ends_s in ends
+        if ends_s and ends_s < soon_s
     ]
 
 

@@ -23,6 +23,7 @@ from dgs.demo.report import Outcome, ServerCounts, WorkerCounts, outcome
 from dgs.demo.train import evaluate, load_images, make_model
 from dgs.errors import DgsError, ServerUnavailableError
 from dgs.processes import Command, ProcessGroup, start_servers
+from dgs.security import WITHIN_THE_MACHINE, ClientSecurity
 from dgs.transport.base import Transport
 from dgs.transport.connect import connect
 
@@ -113,7 +114,7 @@ def _train(
         group = stack.enter_context(ProcessGroup(output.take))
         stack.callback(group.stop, STOP_S)  # also on Ctrl-C, which must not take long
         [address] = start_servers(group, 1)
-        [transport] = connect(address, RetryConfig())
+        [transport] = connect(address, RetryConfig(), security=ClientSecurity())
         stack.callback(transport.close)
         for rank, file in enumerate(files):
             group.start(_worker(plan, method, rank, file, address))
@@ -127,6 +128,7 @@ def _train(
 def _worker(plan: Plan, method: Method, rank: int, file: Path, address: str) -> Command:
     argv = [sys.executable, "-m", "dgs.demo.train", *plan.arguments(method, file)]
     env = {
+        **WITHIN_THE_MACHINE,
         "DGS_SERVER": address,
         "DGS_WORKER": f"worker-{rank}",
         "DGS_RANK": str(rank),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import queue
 import re
 import socket
@@ -14,6 +15,7 @@ __all__ = [
     "UnresolvedNameError",
     "check_listenable",
     "check_resolvable",
+    "is_loopback",
     "join_address",
     "split_address",
 ]
@@ -69,6 +71,19 @@ def join_address(host: str, port: int) -> str:
         '[::1]:7070'
     """
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only processes of the same machine can reach a host's ports.
+
+    Example:
+        >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("0.0.0.0")
+        (True, True, False)
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_resolvable(address: str) -> None:

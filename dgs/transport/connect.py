@@ -9,6 +9,7 @@ from typing import cast
 
 from dgs.config import RetryConfig
 from dgs.errors import ConfigError
+from dgs.security import ClientSecurity
 from dgs.transport.base import Transport
 from dgs.transport.guard import Handler
 from dgs.transport.local import LocalTransport
@@ -35,7 +36,11 @@ def split_addresses(text: str) -> list[str]:
 
 
 def connect(
-    servers: Servers | None, retry: RetryConfig, environ: Mapping[str, str] = os.environ
+    servers: Servers | None,
+    retry: RetryConfig,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    security: ClientSecurity | None = None,
 ) -> list[Transport]:
     """Make one transport per shard; nothing is opened before the first call.
 
@@ -43,10 +48,13 @@ def connect(
         servers: where the shards are, in the order that all workers use; None reads
             ``DGS_SERVER``.
         retry: budgets of the connections over a network.
-        environ: where ``DGS_SERVER`` is read from.
+        environ: where ``DGS_SERVER`` and, if need be, `security` are read from.
+        security: certificates and token for the connections over a network; None reads
+            ``DGS_TLS_CA``, ``DGS_TLS_CERT``, ``DGS_TLS_KEY`` and ``DGS_TOKEN_FILE``.
 
     Raises:
-        ConfigError: no server is named, or an address is not HOST:PORT.
+        ConfigError: no server is named, an address is not HOST:PORT, or a file of `security` is
+            missing or wrong.
     """
     if servers is None:
         text = environ.get("DGS_SERVER", "")
@@ -61,15 +69,22 @@ def connect(
     listed = servers if isinstance(servers, Sequence) else [servers]
     if not listed:
         raise ConfigError("the list of servers is empty")
-    return [_transport(s, retry) for s in listed]
+    return [_transport(s, retry, security, environ) for s in listed]
 
 
-def _transport(server: object, retry: RetryConfig) -> Transport:
+def _transport(
+    server: object,
+    retry: RetryConfig,
+    security: ClientSecurity | None,
+    environ: Mapping[str, str],
+) -> Transport:
     if isinstance(server, str):
+        if security is None:
+            security = ClientSecurity.from_environment(environ)
         os.environ.setdefault(*QUIET_GRPC)  # read when grpc is imported, so it comes first
         from dgs.transport.grpc_client import GrpcTransport  # not needed without a network
 
-        inner = GrpcTransport(server, keepalive=KEEPALIVES[retry.keepalive])
+        inner = GrpcTransport(server, keepalive=KEEPALIVES[retry.keepalive], security=security)
         return RetryingTransport(inner, retry, random=Random())
     if isinstance(server, Transport):
         return server

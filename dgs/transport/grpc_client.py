@@ -23,9 +23,12 @@ from dgs.errors import (
     TooLargeError,
     error_from_wire,
 )
+from dgs.security import ClientSecurity
 from dgs.transport.address import UnresolvedNameError, join_address, split_address
 from dgs.transport.base import Method, Traffic
 from dgs.transport.chunks import CHUNK_BYTES, assemble, split, wrap
+from dgs.transport.grpc_credentials import Credentials
+from dgs.transport.handshake import diagnose
 from dgs.transport.options import KEEPALIVES, Keepalive, client_options
 
 __all__ = ["GrpcTransport"]
@@ -36,6 +39,8 @@ _REASON_KEY = "dgs-reason"
 _REBUILD_AFTER = 3
 _LARGEST_REPLY_BYTES = 16 << 30
 _UNRESOLVED = "the name does not resolve"
+_PLAIN_CAUSES = ("Connection refused", "resol", "unreachable", "No route", "timed out", "not found")
+"""In what gRPC says of connections that failed before any handshake."""
 
 
 class GrpcTransport:
@@ -51,6 +56,7 @@ class GrpcTransport:
         *,
         max_reply_bytes: int = _LARGEST_REPLY_BYTES,
         keepalive: Keepalive = KEEPALIVES["steady"],
+        security: ClientSecurity | None = None,
     ) -> None:
         """Name the server; nothing is opened yet.
 
@@ -58,11 +64,13 @@ class GrpcTransport:
             address: ``HOST:PORT``.
             max_reply_bytes: most bytes of a reply; a longer one raises `TooLargeError`.
             keepalive: how soon a link that was silently cut is noticed.
+            security: certificates and token; None for plaintext.
 
         Raises:
-            ConfigError: the address is not HOST:PORT.
+            ConfigError: the address is not HOST:PORT, or a file of `security` is missing or wrong.
         """
         self._address = join_address(*split_address(address))
+        self._credentials = Credentials(self._address, security or ClientSecurity())
         self._max_reply_bytes = max_reply_bytes
         self._options = client_options(keepalive)
         self._traffic = Traffic()
@@ -70,6 +78,7 @@ class GrpcTransport:
         self._channel: grpc.Channel | None = None
         self._pid = 0
         self._failures = 0
+        self._reached = False
         self._closed = False
 
     @property
@@ -88,6 +97,8 @@ class GrpcTransport:
         Raises:
             ConfigError: something answers at the address, but not this service.
             TooLargeError: the reply, or a control request, exceeds its limit.
+            UnauthenticatedError: one side does not accept what the other shows of itself.
+            ForbiddenError: the server knows this client, which may not do this.
         """
         channel = self._open_channel()
         try:
@@ -106,6 +117,7 @@ class GrpcTransport:
             raise ServerUnavailableError(f"{self._address}: the connection was closed") from error
         with self._lock:
             self._failures = 0
+            self._reached = True
             self._traffic.down_bytes[method] += len(reply)
         return reply
 
@@ -139,7 +151,7 @@ class GrpcTransport:
             if self._channel is None:
                 # The scheme keeps gRPC from reading a host such as "unix" as something else.
                 target = f"dns:///{self._address}"
-                self._channel = grpc.insecure_channel(target, options=self._options)
+                self._channel = self._credentials.channel(target, self._options)
                 self._pid = os.getpid()
             return self._channel
 
@@ -147,18 +159,23 @@ class GrpcTransport:
         self, channel: grpc.Channel, method: Method, request: bytes, timeout_s: float
     ) -> bytes:
         self._count_up(method, len(request))
-        return channel.unary_unary(_SERVICE + method.value)(request, timeout=timeout_s)
+        metadata = self._credentials.metadata()
+        return channel.unary_unary(_SERVICE + method.value)(
+            request, timeout=timeout_s, metadata=metadata
+        )
 
     def _call_streamed(
         self, channel: grpc.Channel, method: Method, request: bytes, timeout_s: float
     ) -> bytes:
-        path = _SERVICE + method.value
+        path, metadata = _SERVICE + method.value, self._credentials.metadata()
         if len(request) <= CHUNK_BYTES:
             self._count_up(method, len(request))
-            replies = channel.unary_stream(path)(wrap(request), timeout=timeout_s)
+            replies = channel.unary_stream(path)(
+                wrap(request), timeout=timeout_s, metadata=metadata
+            )
         else:
             chunks = self._counted(method, request)
-            replies = channel.stream_stream(path)(chunks, timeout=timeout_s)
+            replies = channel.stream_stream(path)(chunks, timeout=timeout_s, metadata=metadata)
         try:
             return assemble(replies, self._max_reply_bytes, f"the reply of {method.value}")
         except BaseException:
@@ -182,19 +199,41 @@ class GrpcTransport:
         if reason is not None:
             with self._lock:
                 self._failures = 0
+                self._reached = True
             return error_from_wire(reason, error.details() or "")
         if error.code() is grpc.StatusCode.UNAVAILABLE:
-            self._count_failure(channel)
+            lasting = self._count_failure(channel)
+            if self._is_in_doubt(error.details() or "", lasting):
+                verdict = diagnose(self._address, self._credentials.security, timeout_s)
+                if verdict is not None:
+                    return verdict
         return _network_error(self._address, error.code(), error.details() or "", timeout_s)
 
-    def _count_failure(self, failed: grpc.Channel) -> None:
+    def _is_in_doubt(self, details: str, lasting: bool) -> bool:
+        """Whether a failed connection may be one that time does not mend.
+
+        A server that has been reached in plaintext is not asked each time it goes away.
+        """
+        if self._credentials.security.tls:
+            return not any(sign in details for sign in _PLAIN_CAUSES)
+        return (lasting or not self._reached) and "closed" in details
+
+    def _count_failure(self, failed: grpc.Channel) -> bool:
+        """Open the connection afresh after several failures, or if the certificates have changed.
+
+        Returns:
+            Whether there have been several.
+        """
+        changed = self._credentials.refresh()
         with self._lock:
             self._failures += 1
-            if self._failures < _REBUILD_AFTER or self._channel is not failed:
-                return
+            lasting = self._failures >= _REBUILD_AFTER
+            if not (lasting or changed) or self._channel is not failed:
+                return False
             self._failures = 0
             stale, self._channel = self._channel, None
         stale.close()
+        return lasting
 
 
 def _network_error(address: str, code: grpc.StatusCode, details: str, timeout_s: float) -> DgsError:

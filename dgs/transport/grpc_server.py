@@ -14,8 +14,11 @@ from types import TracebackType
 import grpc
 
 from dgs.errors import ConfigError, DgsError
+from dgs.security import ServerSecurity
 from dgs.transport.address import check_listenable, join_address, split_address
 from dgs.transport.admission import InFlight
+from dgs.transport.gate import Gate
+from dgs.transport.grpc_door import Door, check_exposure
 from dgs.transport.grpc_health import HealthService
 from dgs.transport.grpc_shell import SERVICE, Shell
 from dgs.transport.guard import GuardedHandler, Handler
@@ -34,6 +37,7 @@ class _Parts:
     guard: GuardedHandler
     stalls: StallGuard
     in_flight: InFlight
+    door: Door
     health: HealthService
     pools: tuple[ThreadPoolExecutor, ...]
 
@@ -62,6 +66,11 @@ class GrpcServerHandle:
     def in_flight(self) -> InFlight:
         """Return the count of the bytes of requests that are arriving or waiting."""
         return self._parts.in_flight
+
+    @property
+    def door(self) -> Door:
+        """Return what lets callers in."""
+        return self._parts.door
 
     def set_serving(self, serving: bool) -> None:
         """Tell the probes of `grpc.health.v1.Health` whether to send work here; it begins as true.
@@ -119,6 +128,8 @@ def serve_handler(
     upload_limit_s: float = 3600.0,
     stall_limit_s: float = 60.0,
     max_in_flight_bytes: int = _IN_FLIGHT_BYTES,
+    security: ServerSecurity | None = None,
+    gate: Gate | None = None,
 ) -> GrpcServerHandle:
     """Answer calls at an address until the returned handle is stopped.
 
@@ -135,13 +146,19 @@ def serve_handler(
             1 MiB, after which the call is cut.
         max_in_flight_bytes: bytes of streamed requests that may be arriving or waiting at a time;
             more are told to try again later. One request alone may exceed it.
+        security: whom to let in; None for everyone, which loopback allows.
+        gate: says who may do what, where callers are authenticated.
 
     Raises:
-        ConfigError: the address is malformed, or is not one of this machine's.
+        ConfigError: the address is malformed, or is not one of this machine's; `security` lets
+            everyone in from other machines without saying so, or a file of it is missing or wrong.
         AddressInUseError: another process listens there.
     """
     host, port = split_address(address, port_zero=True)
+    security = security or ServerSecurity()
     check_listenable(host, port)
+    check_exposure(host, port, security)
+    door = Door(security, gate)
     in_flight = InFlight(max_in_flight_bytes)
     guard = handler if isinstance(handler, GuardedHandler) else GuardedHandler(handler)
     stalls = StallGuard(min(stall_limit_s, upload_limit_s))
@@ -149,15 +166,16 @@ def serve_handler(
         guard,
         stalls,
         in_flight,
+        door,
         threads=max_workers_threads,
         most_calls=max_concurrent_calls,
         upload_limit_s=upload_limit_s,
     )
     health = HealthService(SERVICE, stalls=stalls)
-    parts = _Parts(guard, stalls, in_flight, health, shell.pools)
+    parts = _Parts(guard, stalls, in_flight, door, health, shell.pools)
     server = grpc.server(shell.pools[0], options=server_options())
     try:
-        bound = _bind(server, host, port)
+        bound = _bind(server, host, port, door)
     except DgsError:
         parts.end_threads()
         raise
@@ -166,9 +184,12 @@ def serve_handler(
     return GrpcServerHandle(join_address(host, bound), server, parts)
 
 
-def _bind(server: grpc.Server, host: str, port: int) -> int:
+def _bind(server: grpc.Server, host: str, port: int, door: Door) -> int:
     """Let a server listen; return the port."""
+    credentials = door.credentials()
     try:
+        if credentials is not None:
+            return int(server.add_secure_port(join_address(host, port), credentials))
         return int(server.add_insecure_port(join_address(host, port)))
     except RuntimeError as error:
         check_listenable(host, port)

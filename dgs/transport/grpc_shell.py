@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NoReturn
 
 import grpc
@@ -17,6 +18,8 @@ from dgs.errors import DgsError, MalformedError, ServerUnavailableError, TooLarg
 from dgs.transport.admission import InFlight
 from dgs.transport.base import Method
 from dgs.transport.chunks import assemble, split
+from dgs.transport.gate import Caller
+from dgs.transport.grpc_door import Door
 from dgs.transport.guard import GuardedHandler, defect
 from dgs.transport.options import CONTROL_LIMIT_BYTES
 from dgs.transport.stalls import StallGuard
@@ -80,6 +83,7 @@ class Shell(grpc.GenericRpcHandler):
         guard: answers the requests.
         stalls: cuts calls that stand still.
         in_flight: bounds the bytes of streamed requests.
+        door: tells who calls, and turns away who may not.
         threads: streamed requests that can arrive at the same time.
         most_calls: calls of either sort taken at a time; further ones are put off.
         upload_limit_s: seconds within which a request must have arrived whole.
@@ -90,6 +94,7 @@ class Shell(grpc.GenericRpcHandler):
         guard: GuardedHandler,
         stalls: StallGuard,
         in_flight: InFlight,
+        door: Door,
         *,
         threads: int,
         most_calls: int,
@@ -98,6 +103,7 @@ class Shell(grpc.GenericRpcHandler):
         self._guard = guard
         self._stalls = stalls
         self._in_flight = in_flight
+        self._door = door
         self._most_calls = most_calls
         self._upload_limit_s = upload_limit_s
         self._streamed = CountingPool(threads, "dgs-rpc")
@@ -125,7 +131,8 @@ class Shell(grpc.GenericRpcHandler):
         def serve(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             answer = self._answer_streamed if method.streamed else self._answer_unary
             try:
-                reply = answer(method.value, messages, context)
+                caller = self._door.identify(context)  # before anything of the request is read
+                reply = answer(method.value, messages, context, caller)
             except DgsError as error:
                 _abort(context, error)
             except grpc.RpcError:
@@ -147,17 +154,26 @@ class Shell(grpc.GenericRpcHandler):
         return grpc.stream_stream_rpc_method_handler(refuse)
 
     def _answer_unary(
-        self, method: str, messages: Iterator[bytes], context: grpc.ServicerContext
+        self,
+        method: str,
+        messages: Iterator[bytes],
+        context: grpc.ServicerContext,
+        caller: Caller,
     ) -> bytes:
         with self._stalls.upload(context, self._upload_limit_s):
             request = only_message(messages, f"the request of {method}")
-        reply = self._guard.handle(method, request, context.is_active)
+        admit = partial(self._door.admit, caller)
+        reply = self._guard.handle(method, request, context.is_active, admit)
         if len(reply) > CONTROL_LIMIT_BYTES:
             raise TooLargeError(f"the reply of {method} exceeds {CONTROL_LIMIT_BYTES} bytes")
         return reply
 
     def _answer_streamed(
-        self, method: str, chunks: Iterator[bytes], context: grpc.ServicerContext
+        self,
+        method: str,
+        chunks: Iterator[bytes],
+        context: grpc.ServicerContext,
+        caller: Caller,
     ) -> bytes:
         limit_bytes = self._guard.max_request_bytes(method)
         with self._in_flight.request() as arrival:
@@ -177,7 +193,8 @@ class Shell(grpc.GenericRpcHandler):
                 arrival.complete()
                 return request
 
-            return self._guard.handle(method, read(), context.is_active)
+            admit = partial(self._door.admit, caller)
+            return self._guard.handle(method, read(), context.is_active, admit)
 
     def _sent(self, context: grpc.ServicerContext, messages: Iterator[bytes]) -> Iterator[bytes]:
         """Yield what is sent; gRPC comes for more when it has passed on what it got."""

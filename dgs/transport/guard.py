@@ -121,7 +121,11 @@ class GuardedHandler:
         self._closed = False
 
     def handle(
-        self, method: str, request: bytes, wanted: Callable[[], bool] = lambda: True
+        self,
+        method: str,
+        request: bytes,
+        wanted: Callable[[], bool] = lambda: True,
+        admit: Callable[[str, bytes], None] = lambda method, request: None,
     ) -> bytes:
         """Answer one request when its turn comes.
 
@@ -130,6 +134,8 @@ class GuardedHandler:
             request: the whole request.
             wanted: asked when the turn has come; false leaves the request alone, because its
                 caller has gone and will send it again.
+            admit: asked then with the method and the request, before the handler; raises if the
+                caller may not make it.
 
         Raises:
             DgsError: what the handler raised, as a client would see it.
@@ -144,6 +150,7 @@ class GuardedHandler:
             with self.turn():
                 if not wanted():
                     raise ServerUnavailableError("the caller has gone")
+                admit(method, request)
                 try:
                     return bytes(self._handler.handle(method, request))
                 finally:

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 
 import dgs
 from dgs.cli.main import main
-from dgs.cli.server import is_loopback
 from dgs.errors import ModelMismatchError
 from tests.dgs.cli.conftest import join
 from tests.helpers.processes import Spoken
@@ -40,34 +39,31 @@ def test_wrong_initial_model_is_told_of(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"dgs: error: cannot read {path}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("host", "expected"),
-    [
-        ("127.0.0.1", True),
-        ("127.8.0.1", True),
-        ("::1", True),
-        ("localhost", True),
-        ("0.0.0.0", False),
-        ("::", False),
-        ("10.0.0.1", False),
-        ("example.org", False),
-    ],
-)
-def test_only_loopback_is_confined_to_the_machine(host: str, expected: bool) -> None:
-    assert is_loopback(host) is expected
+@pytest.mark.parametrize("files", [(), ("--tls-cert", "server.pem", "--tls-key", "server.key")])
+def test_server_beyond_loopback_is_refused_unless_that_is_said(
+    files: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    issued = Authority(tmp_path).issue_server(["127.0.0.1"], 1)
+    paths = {"server.pem": str(issued.certificate), "server.key": str(issued.key)}
+    argv = ["server", "--listen", "0.0.0.0:0", *(paths.get(f, f) for f in files)]
+    assert main(argv) == 1
+    said = capsys.readouterr().err
+    assert "can be reached from other machines" in said
+    assert "--tls-ca" in said
+    assert "--insecure" in said
 
 
 @pytest.mark.dist
 def test_server_starts_from_a_file_warns_logs_and_ends_when_told(tmp_path: Path) -> None:
     path, given = tmp_path / "init.safetensors", make_model(seed=3)
     save_file(given.state_dict(), path)
-    argv = ("server", "--listen", "0.0.0.0:0", "--init", str(path), "--json", "--verbose")
+    argv = ("server", "--listen", "0.0.0.0:0", "--insecure", "--init", str(path), "--json", "--verbose")
     with Spoken(sys.executable, "-m", "dgs", *argv) as server:
         told = json.loads(server.line_with('"address"'))
         assert (
             "1 integer or boolean tensors are not trained: 1.num_batches_tracked" in server.output
         )
-        assert "neither authentication nor encryption" in server.output
+        assert "--insecure was given: whoever reaches the port can read and change the model" in server.output
         assert told["pid"] == server.process.pid
         address = told["address"].replace("0.0.0.0", "127.0.0.1")
 

@@ -9,6 +9,7 @@ from dgs.transport.address import (
     UnresolvedNameError,
     check_listenable,
     check_resolvable,
+    is_loopback,
     join_address,
     split_address,
 )
@@ -75,3 +76,20 @@ def test_a_host_that_does_not_resolve_is_refused_by_name(host: str) -> None:
         UnresolvedNameError, match=f"server {host}:7070: the name {host!r} does not"
     ):
         check_resolvable(f"{host}:7070")
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.0.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("example.org", False),
+    ],
+)
+def test_only_loopback_is_confined_to_the_machine(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected

@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from dgs.errors import AddressInUseError, ConfigError, InternalError, ServerUnavailableError
+from dgs.security import ServerSecurity
 from dgs.transport import GuardedHandler, Method
 from dgs.transport.chunks import wrap
 from dgs.transport.grpc_client import GrpcTransport
@@ -85,7 +86,7 @@ def test_an_address_that_cannot_be_listened_on_is_a_configuration_error(address:
 )
 def test_it_listens_on_other_addresses_than_the_loopback(listen: str, reach: str) -> None:
     try:
-        handle = serve_handler(EchoHandler(), listen)
+        handle = serve_handler(EchoHandler(), listen, security=ServerSecurity(insecure=True))
     except ConfigError as error:
         pytest.skip(str(error))
     with handle:
@@ -141,10 +142,14 @@ class WatchingGuard(GuardedHandler):
         self.wanted: dict[bytes, Callable[[], bool]] = {}
 
     def handle(
-        self, method: str, request: bytes, wanted: Callable[[], bool] = lambda: True
+        self,
+        method: str,
+        request: bytes,
+        wanted: Callable[[], bool] = lambda: True,
+        admit: Callable[[str, bytes], None] = lambda method, request: None,
     ) -> bytes:
         self.wanted[request] = wanted
-        return super().handle(method, request, wanted)
+        return super().handle(method, request, wanted, admit)
 
 
 def test_a_call_whose_caller_has_gone_is_not_carried_out(handler: EchoHandler) -> None:
