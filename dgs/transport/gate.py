@@ -103,24 +103,14 @@ class Gate:
             ForbiddenError: it may not; nothing was changed.
             MalformedError: the request does not even tell whose it is.
         """
-        if caller is ANYONE or method == "Status":
+        if caller is ANYONE or _only_looks(method, request):
             return
-        if method == "Join":
-            worker: str | None = parse(pb.JoinRequest, request).worker
-        elif method == "PullModel":
-            pull = parse(pb.PullRequest, request)
-            if not pull.incarnation:  # the model itself
-                return
-            worker = self._name_of(pull.worker_id)
-        elif method == "Leave":
-            worker = self._name_of(parse(pb.LeaveRequest, request).worker_id)
-        else:
-            worker = self._name_of(peek_header(request).worker_id)
         if caller.role != "exchange":
             raise ForbiddenError(
                 f"{caller.label} may only read (pull, status), and {method} is for workers: give "
                 "this worker a token, or certificate, of its own"
             )
+        worker = self._worker_of(method, request)
         if worker is None:  # the core says what is to be done about that
             return
         if not caller.may_act_as(worker):
@@ -131,3 +121,20 @@ class Gate:
                 f"{caller.label} may not act as worker {worker!r}, only as {allowed}: set the "
                 "worker's name (DGS_WORKER, worker=...) to one of these, or use its own credentials"
             )
+
+    def _worker_of(self, method: str, request: bytes) -> str | None:
+        """Return the worker that a request is made as; None where there is no such session."""
+        if method == "Join":
+            return parse(pb.JoinRequest, request).worker
+        if method == "PullModel":
+            return self._name_of(parse(pb.PullRequest, request).worker_id)
+        if method == "Leave":
+            return self._name_of(parse(pb.LeaveRequest, request).worker_id)
+        return self._name_of(peek_header(request).worker_id)
+
+
+def _only_looks(method: str, request: bytes) -> bool:
+    """Return whether a request asks for what everybody may see who may read."""
+    if method == "PullModel":
+        return not parse(pb.PullRequest, request).incarnation  # the model, not a session's record
+    return method == "Status"

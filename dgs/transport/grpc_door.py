@@ -118,7 +118,10 @@ class Door:
                 return self._tokens.content.caller(shown[0] if len(shown) == 1 else None)
         if self.security.tls_ca:
             found = context.auth_context()
-            names = [[v.decode() for v in found.get(k, ())] for k in ("peer_dns", "peer_uri")]
+            names = [
+                [v.decode("utf-8", "replace") for v in found.get(k, ())]
+                for k in ("peer_dns", "peer_uri")
+            ]
             return caller_from_certificate(*names)
         return ANYONE
 

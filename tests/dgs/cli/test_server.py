@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import dgs
+from dgs.authority import Authority
 from dgs.cli.main import main
 from dgs.errors import ModelMismatchError
 from tests.dgs.cli.conftest import join
@@ -57,13 +58,25 @@ def test_server_beyond_loopback_is_refused_unless_that_is_said(
 def test_server_starts_from_a_file_warns_logs_and_ends_when_told(tmp_path: Path) -> None:
     path, given = tmp_path / "init.safetensors", make_model(seed=3)
     save_file(given.state_dict(), path)
-    argv = ("server", "--listen", "0.0.0.0:0", "--insecure", "--init", str(path), "--json", "--verbose")
+    argv = (
+        "server",
+        "--listen",
+        "0.0.0.0:0",
+        "--insecure",
+        "--init",
+        str(path),
+        "--json",
+        "--verbose",
+    )
     with Spoken(sys.executable, "-m", "dgs", *argv) as server:
         told = json.loads(server.line_with('"address"'))
         assert (
             "1 integer or boolean tensors are not trained: 1.num_batches_tracked" in server.output
         )
-        assert "--insecure was given: whoever reaches the port can read and change the model" in server.output
+        assert (
+            "--insecure was given: whoever reaches the port can read and change the model"
+            in server.output
+        )
         assert told["pid"] == server.process.pid
         address = told["address"].replace("0.0.0.0", "127.0.0.1")
 

@@ -81,10 +81,13 @@ Case = tuple[
 ]
 
 
-def expired(files: Credentials, kind: str) -> ClientSecurity | ServerSecurity:
-    authority = files.elsewhere(f"expired-{kind}-{time.monotonic_ns()}")
-    if kind == "server":
-        return files.serving(authority.issue_server(HOSTS, -1))
+def expired_server(files: Credentials) -> ServerSecurity:
+    authority = files.elsewhere(f"expired-{time.monotonic_ns()}")
+    return files.serving(authority.issue_server(HOSTS, -1))
+
+
+def expired_client(files: Credentials) -> ClientSecurity:
+    authority = files.elsewhere(f"expired-{time.monotonic_ns()}")
     return files.showing(authority.issue_worker("a", -1))
 
 
@@ -109,7 +112,7 @@ HANDSHAKES: dict[str, Case] = {
     ),
     "expired certificate": (
         lambda f: f.serving(),
-        lambda f: expired(f, "client"),  # type: ignore[return-value]
+        expired_client,
         UnauthenticatedError,
         f"{CERTIFICATE} .*: it has expired",
     ),
@@ -120,7 +123,7 @@ HANDSHAKES: dict[str, Case] = {
         "the server's certificate is not of the CA in .*other-ca",
     ),
     "expired server": (
-        lambda f: expired(f, "server"),  # type: ignore[return-value]
+        expired_server,
         lambda f: f.showing(f.workers["a"]),
         UnauthenticatedError,
         "the server's certificate has expired",
