@@ -235,11 +235,6 @@ class Registry:
             raise UnknownWorkerError(f"no worker has the number {number}: it never joined, or left")
         return worker
 
-    def name_of(self, number: int) -> str | None:
-        """Return the name of the worker that frames know by `number`, None where there is none."""
-        worker = self._by_number.get(number)
-        return None if worker is None else worker.name
-
     def session(self, number: int, member: int, incarnation: int) -> Session:
         """Return a live session.
 

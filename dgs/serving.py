@@ -175,7 +175,7 @@ def serve(
             address,
             max_in_flight_bytes=config.max_in_flight_bytes,
             security=security,
-            gate=Gate(lambda number: core.state.registry.name_of(number)),
+            gate=Gate(lambda run, number: core.state.worker_of(run, number)),
         )
         stack.callback(grpc_handle.stop, 0.0)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from dgs.agreement import Agreement
 from dgs.config import ServerConfig
+from dgs.errors import UnknownWorkerError
 from dgs.metrics import Histogram
 from dgs.registry import Registry
 from dgs.session import Session
@@ -112,6 +113,15 @@ class ServerState:
         """Change limits and intervals; which replies carry hashes depends on them."""
         self.config = config
         self.registry.max_workers = config.max_workers
+
+    def worker_of(self, run: int, number: int) -> str | None:
+        """Return the name of the worker that requests of a run know by a number, None if none."""
+        if run != self.run:
+            return None
+        try:
+            return self.registry.worker_numbered(number).name
+        except UnknownWorkerError:
+            return None
 
     def save(self) -> SavedState:
         """Return the state as it is now; cheap, for nothing is copied before it changes."""

@@ -2,7 +2,7 @@
 
 The core knows no callers, and its log replays requests, so authorisation stands here, before both.
 A request that changes or reads a session must come from somebody who may act as that session's
-worker; the session is found by the number in the request, under the same name as the core will.
+worker; the session is found by the run and the number in the request, just as the core will find it.
 """
 
 from __future__ import annotations
@@ -83,13 +83,14 @@ class Gate:
     """Hold requests to what their callers may do.
 
     Args:
-        name_of: returns the name of the worker with a number, None where there is none. It is asked
-            in the request's turn, so that the core then finds the same worker.
+        worker_of: returns the name of the worker that requests of a run know by a number, None
+            where there is none. It is asked in the request's turn, so that the core then finds the
+            same worker.
     """
 
-    def __init__(self, name_of: Callable[[int], str | None]) -> None:
+    def __init__(self, worker_of: Callable[[int, int], str | None]) -> None:
         """Ask nobody yet."""
-        self._name_of = name_of
+        self._worker_of = worker_of
 
     def check(self, caller: Caller, method: str, request: bytes) -> None:
         """Return if the caller may make this request.
@@ -110,7 +111,7 @@ class Gate:
                 f"{caller.label} may only read (pull, status), and {method} is for workers: give "
                 "this worker a token, or certificate, of its own"
             )
-        worker = self._worker_of(method, request)
+        worker = self._worker_in(method, request)
         if worker is None:  # the core says what is to be done about that
             return
         if not caller.may_act_as(worker):
@@ -122,15 +123,18 @@ class Gate:
                 "worker's name (DGS_WORKER, worker=...) to one of these, or use its own credentials"
             )
 
-    def _worker_of(self, method: str, request: bytes) -> str | None:
+    def _worker_in(self, method: str, request: bytes) -> str | None:
         """Return the worker that a request is made as; None where there is no such session."""
         if method == "Join":
             return parse(pb.JoinRequest, request).worker
         if method == "PullModel":
-            return self._name_of(parse(pb.PullRequest, request).worker_id)
+            pull = parse(pb.PullRequest, request)
+            return self._worker_of(pull.run, pull.worker_id)
         if method == "Leave":
-            return self._name_of(parse(pb.LeaveRequest, request).worker_id)
-        return self._name_of(peek_header(request).worker_id)
+            leave = parse(pb.LeaveRequest, request)
+            return self._worker_of(leave.run, leave.worker_id)
+        header = peek_header(request)
+        return self._worker_of(header.run, header.worker_id)
 
 
 def _only_looks(method: str, request: bytes) -> bool:

@@ -59,7 +59,7 @@ def token_line(name: str, role: str, token: str) -> str:
 
     Example:
         >>> token_line("berlin-*", "exchange", "t" * 43)[:30]
-        'berlin-* exchange sha256:8b4c8'
+        'berlin-* exchange sha256:80383'
     """
     _check_entry(name, role)
     return f"{name} {role} {_hash(token)}"

@@ -10,23 +10,24 @@ from dgs.errors import ChecksumError, ForbiddenError, MalformedError
 from dgs.frame import FrameKind, Header, encode_frame
 from dgs.transport.gate import ANYONE, Caller, Gate, caller_from_certificate, covers
 
+RUN = 9
 WORKERS = {1: "a", 2: "b"}
 A = Caller("the token of 'a'", ("a",), "exchange")
 READER = Caller("the token of 'viewer'", ("*",), "read")
 
 
 def gate() -> Gate:
-    return Gate(WORKERS.get)
+    return Gate(lambda run, number: WORKERS.get(number) if run == RUN else None)
 
 
-def frame(number: int) -> bytes:
+def frame(number: int, run: int = RUN) -> bytes:
     header = Header(
         kind=FrameKind.MODEL,
         values="float32",
         worker_id=number,
         member=0,
         shard=0,
-        run=9,
+        run=run,
         incarnation=1,
         size=1,
         nnz=1,
@@ -34,12 +35,12 @@ def frame(number: int) -> bytes:
     return encode_frame(header, np.zeros(1, "<f4"))
 
 
-def requests_of(number: int) -> dict[str, bytes]:
-    session = {"run": 9, "worker_id": number, "incarnation": 1}
+def requests_of(number: int, run: int = RUN) -> dict[str, bytes]:
+    session = {"run": run, "worker_id": number, "incarnation": 1}
     return {
         "Join": pb.JoinRequest(worker=WORKERS.get(number, "c")).SerializeToString(),
-        "PutModel": frame(number),
-        "Exchange": frame(number),
+        "PutModel": frame(number, run),
+        "Exchange": frame(number, run),
         "PullModel": pb.PullRequest(**session).SerializeToString(),
         "Leave": pb.LeaveRequest(**session).SerializeToString(),
     }
@@ -58,6 +59,7 @@ def test_a_worker_uses_its_own_sessions_and_no_others(method: str) -> None:
 @pytest.mark.parametrize("method", ["PutModel", "Exchange", "PullModel", "Leave"])
 def test_a_session_that_is_not_there_is_left_to_the_core(method: str) -> None:
     gate().check(A, method, requests_of(3)[method])
+    gate().check(A, method, requests_of(2, run=RUN + 1)[method])  # of a server that was replaced
 
 
 def test_whoever_is_known_may_look() -> None:

@@ -45,7 +45,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Credentials:
 @contextmanager
 def serving(security: ServerSecurity | None) -> Iterator[tuple[ParameterServer, GrpcServerHandle]]:
     core = ParameterServer(run=9)
-    gate = Gate(lambda number: core.state.registry.name_of(number))
+    gate = Gate(core.state.worker_of)
     with serve_handler(core, "127.0.0.1:0", security=security, gate=gate) as handle:
         yield core, handle
 
@@ -290,7 +290,12 @@ def test_beyond_loopback_a_server_lets_nobody_in_unasked(
         security = ServerSecurity(tls_cert=issued.certificate, tls_key=issued.key)
     with pytest.raises(ConfigError, match=r"reached from other machines.*--tls-ca.*--insecure"):
         serve_handler(ParameterServer(), "0.0.0.0:0", security=security)
-    with serve_handler(ParameterServer(), "0.0.0.0:0", security=files.serving(), gate=Gate(str)):
+    with serve_handler(
+        ParameterServer(),
+        "0.0.0.0:0",
+        security=files.serving(),
+        gate=Gate(lambda run, number: None),
+    ):
         pass
 
 
@@ -358,7 +363,7 @@ def test_a_client_shows_its_renewed_certificate_when_it_connects_again(tmp_path:
     server = files.server
     security = ServerSecurity(tls_cert=server.certificate, tls_key=server.key, tls_ca=trusted)
     core = ParameterServer(run=9)
-    gate = Gate(lambda number: core.state.registry.name_of(number))
+    gate = Gate(core.state.worker_of)
     handle = serve_handler(core, "127.0.0.1:0", security=security, gate=gate)
     with reaching(handle.address, client) as transport:
         site = join(core, transport, "a")
@@ -405,7 +410,7 @@ def test_a_broken_token_file_leaves_the_last_good_one_in_force(
 
 
 def test_a_server_that_is_only_away_is_waited_for_also_over_tls(files: Credentials) -> None:
-    security, gates = files.serving(), Gate(lambda number: None)
+    security, gates = files.serving(), Gate(lambda run, number: None)
     handle = serve_handler(ParameterServer(), "127.0.0.1:0", security=security, gate=gates)
     address = handle.address
     handle.stop()
