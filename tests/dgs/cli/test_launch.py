@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+import dgs
 from dgs.cli.course import exit_code
 from dgs.cli.launch import worker_commands
 from dgs.cli.main import main
 from dgs.cli.revival import choose_folders
 from dgs.errors import ConfigError
+from tests.helpers.credentials import Credentials
 from tests.helpers.processes import Spoken, has_ended
 from tests.helpers.scripts import act, train
 from tests.helpers.source_tree import ROOT
@@ -336,3 +338,29 @@ def test_as_many_servers_are_started_as_there_are_states(tmp_path: Path) -> None
     for folder in folders:
         (folder / "snapshot-00000000000000000000.json").touch()
     assert choose_folders(tmp_path, None) == (folders, False)
+
+
+def test_servers_of_its_own_are_reached_whatever_the_user_has_set_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for variable in ("DGS_TLS_CA", "DGS_TLS_CERT", "DGS_TLS_KEY", "DGS_TOKEN_FILE"):
+        monkeypatch.setenv(variable, str(tmp_path / "of-another-server"))
+    saved = tmp_path / "model.safetensors"
+    options = ("--workers", "1", "--save", str(saved))
+    assert launch(*options, train.__file__, "--steps", "2") == 0
+    assert saved.exists()
+
+
+def test_workers_reach_a_server_with_the_certificate_and_the_token_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    files = Credentials(tmp_path)
+    monkeypatch.setenv("DGS_TLS_CA", str(files.ca.path))
+    monkeypatch.setenv("DGS_TOKEN_FILE", str(files.add_token("worker-*", "exchange")))
+    saved = tmp_path / "model.safetensors"
+    with dgs.serve("127.0.0.1:0", security=files.serving(tokens=True)) as handle:
+        options = ("--workers", "2", "--server", handle.address, "--save", str(saved))
+        assert launch(*options, train.__file__, "--steps", "2") == 0
+    assert saved.exists()

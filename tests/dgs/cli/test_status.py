@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from datetime import datetime
 
 import pytest
@@ -193,3 +194,23 @@ def test_tables_fit_an_ordinary_terminal(capsys: pytest.CaptureFixture[str]) -> 
     for parts in tables(faked(position=1, trouble="it is full")):
         print_table(*parts)
     assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize(("days", "trouble"), [(300.0, False), (3.0, True), (-3.0, True)])
+def test_the_end_of_a_certificate_is_shown_and_a_near_one_is_a_trouble(
+    days: float, trouble: bool
+) -> None:
+    ends_s = time.time() + days * 86400
+    reply = pb.StatusReply(
+        security=pb.Security(tls=True, tokens=True, certificate_ends_s=ends_s, turned_away=3)
+    )
+    status = {"time": "", "servers": [describe_reply("ps:7070", reply)]}
+    (rows,) = [rows for title, _, rows in tables(status) if title.startswith("security")]
+    (row,) = rows
+    assert row[:3] == ["ps:7070", "yes", "token"]
+    assert row[3].startswith(time.strftime("%Y-%m-%d", time.gmtime(ends_s)))
+    assert ("EXPIRED" in row[3]) is (days < 0)
+    assert row[4] == "3"
+    assert bool(troubles(status)) is trouble
+    if trouble:
+        assert "needs a new certificate" in troubles(status)[0]

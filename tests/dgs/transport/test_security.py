@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import dgs
 from dgs._proto import parameter_server_pb2 as pb
 from dgs.client import server_status
 from dgs.config import RetryConfig, WorkerConfig
@@ -420,3 +421,33 @@ def test_a_server_that_is_only_away_is_waited_for_also_over_tls(files: Credentia
         server_status(transport, timeout_s=1.0)
     with suppress(DgsError):
         transport.close()
+
+
+def test_both_sides_warn_before_their_certificates_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = Credentials(tmp_path / "first")
+    soon = files.elsewhere("soon")
+    security = files.serving(soon.issue_server(HOSTS, 3))
+    client = files.showing(soon.issue_worker("a", 2))
+    with caplog.at_level(logging.WARNING), serving(security) as (core, handle):
+        handle.door.look()
+        assert "the server's certificate expires in 3.0 days" in caplog.text
+        serve_one(core, handle.address, client, "a")
+        told = [m for m in caplog.messages if "this client's certificate" in m]
+        assert len(told) == 1
+        assert "expires in 2.0 days" in told[0]
+
+
+def test_a_served_shard_tells_how_it_is_secured(files: Credentials) -> None:
+    with (
+        dgs.serve("127.0.0.1:0", security=files.serving(tokens=True)) as handle,
+        reaching(handle.address, files.bearing(files.tokens["viewer"])) as viewer,
+        reaching(handle.address, files.bearing(files.wrong_token)) as wrong,
+    ):
+        with pytest.raises(UnauthenticatedError):
+            server_status(wrong, timeout_s=TIMEOUT_S)
+        told = server_status(viewer, timeout_s=TIMEOUT_S).security
+        assert (told.tls, told.client_certificates, told.tokens) == (True, False, True)
+        assert told.turned_away == 1
+        assert abs(told.certificate_ends_s - files.server.ends.timestamp()) < 2
