@@ -191,8 +191,7 @@ def _router_figures(
 @contextmanager
 def _loaded(path: Path) -> Iterator[Any]:
     """Load a model in float32, without progress bars, warnings or a look at the network."""
-    import transformers
-
+    transformers = _transformers()
     bars = transformers.utils.logging.is_progress_bar_enabled()
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.disable_progress_bar()
@@ -210,10 +209,15 @@ def _loaded(path: Path) -> Iterator[Any]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def _tokenizer(path: Path) -> Any:
-    import transformers
+def _transformers() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs to fix
+        import transformers
+    return transformers
 
+
+def _tokenizer(path: Path) -> Any:
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return _transformers().AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: its tokenizer cannot be loaded: {error}") from error
