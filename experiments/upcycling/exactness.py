@@ -47,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "E8T2, noise .01": {"experts": 8, "top_k": 2, "method": "noise"},
 }
-"""N = E * G experts each; scaling is exact and weights are renormalised where nothing else is said."""
+"""Scaling is exact and weights are renormalised where nothing else is said."""
 
 
 def measure_exactness(seeds: int) -> list[dict[str, Any]]:
