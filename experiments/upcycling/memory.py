@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -57,7 +56,7 @@ def measure_memory(gigabytes: list[float], place: str | None) -> list[dict[str, 
 
 def _child(method: str, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
-    before = _resident_bytes()
+    before = _memory_bytes("VmRSS")
     start = time.perf_counter()
     report = upcycle(
         folder / "dense", folder / method, METHODS[method], options=Options(measure=False)
@@ -65,7 +64,7 @@ def _child(method: str, folder: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     for path in (folder / method).iterdir():
         path.unlink()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = _memory_bytes("VmHWM")
     return {
         "result_bytes": report["bytes"],
         "before_bytes": before,
@@ -75,9 +74,10 @@ def _child(method: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def _memory_bytes(name: str) -> int:
+    """Return a line of the kernel's account; its ru_maxrss begins with that of the parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name + ":"))
 
 
 if __name__ == "__main__":
