@@ -119,7 +119,7 @@ def _progress(target: str) -> Iterator[Progress]:
 
     columns = (TextColumn(Path(target).name), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("")
+        task = bar.add_task("", total=None)
         yield lambda done, total, name: bar.update(task, completed=done, total=total)
 
 

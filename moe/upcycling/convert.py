@@ -28,6 +28,9 @@ __all__ = ["REPORT", "TEXT", "Options", "Progress", "upcycle"]
 REPORT = "upcycle_report.json"
 SHARD_BYTES = 5_000_000_000
 MEMORY_SHARE = 0.6
+WRITER = 1
+"""Counts up when the same settings come to give other bytes: no file of both is mixed."""
+
 TEXT = (
     "The first condition of understanding a foreign country is to smell it. A river does not ask "
     "where the sea is; it follows the slope of the land, and when there is none, it waits. In the "
@@ -210,6 +213,6 @@ def _fingerprint(plan: Plan, sources: Sequence[DenseCheckpoint], options: Option
         for s in sources
         for name in sorted({stored.file for stored in s.tensors.values()})
     ]
-    told = [asdict(plan.config), plan.target_config, files, options.text, options.tokens]
-    told += [options.shard_bytes]
+    told = [WRITER, asdict(plan.config), plan.target_config, files]
+    told += [options.text, options.tokens, options.shard_bytes]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()

@@ -60,6 +60,24 @@ def test_an_interrupted_conversion_goes_on_and_ends_with_the_same_bytes(
     assert not partial.exists()
 
 
+def test_a_killed_conversion_goes_on(dense: Path, tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "from moe.upcycling import Options, UpcycleConfig, upcycle\n"
+        "def die(done, total, name):\n"
+        "    if done > 30_000: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "config = UpcycleConfig(4, 2, method='drop')\n"
+        "options = Options(measure=False, shard_bytes=10_000)\n"
+        "upcycle(sys.argv[1], sys.argv[2], config, options=options, progress=die)\n"
+    )
+    line = [sys.executable, "-c", program, str(dense), str(tmp_path / "moe")]
+    assert subprocess.run(line, cwd=ROOT, timeout=60, check=False).returncode == -9
+    assert not (tmp_path / "moe").exists()
+    upcycle(dense, tmp_path / "moe", CONFIG, options=SMALL)
+    upcycle(dense, tmp_path / "other", CONFIG, options=SMALL)
+    assert _files(tmp_path / "moe") == _files(tmp_path / "other")
+
+
 def test_what_another_conversion_left_is_not_built_upon(dense: Path, tmp_path: Path) -> None:
     _begin(dense, tmp_path / "moe")
     other = UpcycleConfig(4, 2, method="drop", seed=1)
@@ -140,7 +158,6 @@ def test_two_conversions_do_not_write_the_same_target(dense: Path, tmp_path: Pat
     assert partial.is_dir()
 
 
-@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     program = (
         "import sys, torch\n"
