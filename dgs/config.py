@@ -277,9 +277,9 @@ class StorageConfig:
     snapshot_log_bytes: int = 512 << 20
     """Length of the log at which a snapshot is made early: it bounds what a restart replays."""
 
-    snapshot_log_records: int = 10_000
+    snapshot_log_records: int = 5_000
     """Requests in the log at which a snapshot is made early; each takes about a millisecond to
-    carry out again, and more in large models."""
+    carry out again on an idle core, and more in large models."""
 
     def __post_init__(self) -> None:
         """Check every field."""

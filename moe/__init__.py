@@ -5,7 +5,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from moe.errors import CollectiveError, LayoutError, MoeError, RoutingError
+from moe.errors import (
+    CheckpointError,
+    CollectiveError,
+    LayoutError,
+    MoeError,
+    RoutingError,
+    UpcycleError,
+)
 from moe.parallel.dims import ParallelDims
 
 if TYPE_CHECKING:
@@ -22,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CapacityConfig",
+    "CheckpointError",
     "CollectiveError",
     "Execution",
     "ExpertConfig",
@@ -37,6 +45,7 @@ __all__ = [
     "ProcessGroups",
     "RouterConfig",
     "RoutingError",
+    "UpcycleError",
     "build_groups",
     "clip_grad_norm_",
     "grad_norm",

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["CollectiveError", "LayoutError", "MoeError", "RoutingError"]
+__all__ = [
+    "CheckpointError",
+    "CollectiveError",
+    "LayoutError",
+    "MoeError",
+    "RoutingError",
+    "UpcycleError",
+]
 
 
 class MoeError(Exception):
@@ -19,3 +26,11 @@ class RoutingError(MoeError, ValueError):
 
 class CollectiveError(MoeError, RuntimeError):
     """Ranks do not agree with each other, or one of them failed and the others stopped with it."""
+
+
+class CheckpointError(MoeError, ValueError):
+    """A checkpoint is missing, damaged, or contradicts its own configuration; none was written."""
+
+
+class UpcycleError(MoeError, ValueError):
+    """A dense model cannot be made into the wanted mixture of experts; nothing was written."""

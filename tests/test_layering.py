@@ -43,8 +43,9 @@ MOE_LAYERS = (
     ("losses", "dropping", "experts", "dispatch"),
     ("initial",),
     ("layer",),
+    ("upcycling",),
     (FACADE,),
-    ("layout",),
+    ("layout", "upcycle"),
 )
 """Parts of `moe`, likewise."""
 

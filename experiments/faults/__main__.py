@@ -19,6 +19,7 @@ examples:
   python -m experiments.faults --seeds 3000          simulated histories (also: simulate --help)
   python -m experiments.faults real --minutes 1      real processes under faults, then the audit
   python -m experiments.faults real --minutes 480 --seed 7 --pause-s 0.02 --keep run-7
+  python -m experiments.faults storm                 kills in virtual time (also: storm --help)
   python -m experiments.faults figures               all that needs real processes: 25 minutes
   python -m experiments.faults figures --part noticing commit --json
 """
@@ -42,6 +43,10 @@ def main(arguments: Sequence[str]) -> int:
         from experiments.faults import simulation  # has a command line of its own
 
         return int(simulation.run(list(arguments[1:])))
+    if arguments and arguments[0] == "storm":
+        from experiments.faults.storm.run import run_command
+
+        return run_command(list(arguments[1:]))
     given = _parser().parse_args(arguments)
     return int(given.part_of_it(given))
 
@@ -87,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parts = parser.add_subparsers(title="parts", required=True, metavar="PART")
     parts.add_parser("simulate", help="simulated histories; --seeds N alone means this as well")
+    parts.add_parser("storm", help="kills in virtual time, beside synchronous groups; storm --help")
     one = parts.add_parser("real", help="real processes that are killed, stopped and cut off")
     add = one.add_argument
     add("--minutes", type=float, default=1.0, help="of faults (default: 1)")

@@ -63,6 +63,17 @@ def test_a_kill_costs_one_update_at_most_and_only_its_own_worker() -> None:
         assert all(any(a - ONE_STEP_S <= k.at_s <= b for k in mine) for a, b in gaps)
 
 
+def test_dead_workers_push_nothing() -> None:
+    # with 200 ms each way, many are killed while a request or its reply is on the wire
+    setting = replace(STORM, horizon_s=80.0, round_trip_s=0.4)
+    ledger = asynchronous.run_asynchronous(setting)
+    kills = [k for k in ledger.storm.kills if k.victim != SERVER]
+    assert len(kills) > 10
+    for kill in kills:
+        late_s = kill.at_s + setting.round_trip_s  # what was on the wire has arrived
+        assert not any(late_s < t < kill.back_s for t, w in ledger.applied if w == kill.victim)
+
+
 def _far(one: Floats, other: Floats) -> float:
     return float(np.abs(one - other).sum())
 

@@ -104,10 +104,11 @@ class World:
         stage = self._stage
         produced = self._produced.setdefault(name, np.zeros(stage.view.num_parameters))
         saved = None
-        if before is not None:
-            before.is_newest = False
-            if before.saved is not None and stage.rng.random() < stage.weather.keeps_state:
-                saved = before.saved
+        for other in self._workers:  # it may have been replaced, and killed before that
+            other.is_newest &= other.name != name
+        kept = before.saved if before is not None else None
+        if kept is not None and stage.rng.random() < stage.weather.keeps_state:
+            saved = kept
         worker = WorkerProcess(name, self._sites, stage, produced, saved, self._end_worker)
         worker.yields = self._yields
         if stage.weather.is_calm:

@@ -100,9 +100,8 @@ class _Trainee:
 
         return look
 
-    def _alive(self, action: Callable[[], None]) -> Callable[[], None]:
-        """Return an action that only the present process carries out."""
-        life = self._life
+    def _alive(self, action: Callable[[], None], life: int) -> Callable[[], None]:
+        """Return an action that only the process of this life carries out."""
 
         def act() -> None:
             if life == self._life:
@@ -114,17 +113,17 @@ class _Trainee:
 
     def _send(self, call: Call, take: Callable[[bytes], None], attempt: int = 0) -> None:
         """Send a request until it is answered; see `dgs.transport.retry`."""
-        clock, setting = self._clock, self._setting
+        clock, setting, life = self._clock, self._setting, self._life
         pause_s = min(RETRY.first_wait_s * 2**attempt, RETRY.longest_wait_s)
         pause_s *= 0.5 + 0.5 * self._random.random()
-        again = self._alive(lambda: self._send(call, take, attempt + 1))
+        again = self._alive(lambda: self._send(call, take, attempt + 1), life)
 
         def answer(outcome: bytes | DgsError | None) -> None:
             if outcome is None:
                 clock.after(setting.round_trip_s / 2 + pause_s, again)
                 return
             size = len(outcome) if isinstance(outcome, bytes) else 0
-            arrive = self._alive(lambda: take(_checked(outcome)))
+            arrive = self._alive(lambda: take(_checked(outcome)), life)
             clock.after(setting.carry_s(size), arrive)
 
         # what is on the wire arrives, whatever becomes of who has sent it
@@ -158,7 +157,8 @@ class _Trainee:
 
     def _compute(self) -> None:
         self._computes_since_s = self._clock.now
-        self._clock.after(self._setting.draw_compute_s(self._random), self._alive(self._push))
+        push = self._alive(self._push, self._life)
+        self._clock.after(self._setting.draw_compute_s(self._random), push)
 
     def _push(self) -> None:
         """End a step: make an update of its gradient, and send it."""

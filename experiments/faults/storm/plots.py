@@ -23,6 +23,7 @@ PANELS = {
     "goodput_of_calm": "goodput, of the calm run",
     "goodput_of_available": "goodput, of available worker time",
 }
+TICKS = (0.8, 1.0, 1.5, 2.0, 3.0)
 GOALS = {"participation": 0.95, "goodput": 0.9}
 
 
@@ -78,6 +79,8 @@ def _figures(cases: Report, usual: float, axes: Any) -> None:
             axis.fill_between(at, least, most, color=f"C{number}", alpha=0.2)
         for style, away_s in zip((":", "--"), others, strict=False):
             rows = _of(cases, "dgs", away_s)
+            if len(rows) < 2:
+                continue
             at = [r["kills_per_hour"] for r in rows]
             values = [r["figures"][key][0] for r in rows]
             axis.plot(at, values, style, color="C0", label=f"dgs, {away_s:g} s away")
@@ -95,5 +98,7 @@ def _losses(cases: Report, usual: float, axes: Any) -> None:
                     minutes = [row[0] / 60 for row in curve]
                     axis.plot(minutes, [row[2] for row in curve], color=f"C{number}", label=label)
         axis.set(title=f"{rate:g} kills per hour", xlabel="virtual minutes", yscale="log")
-    axes.flat[0].set_ylabel("test loss")
+        axis.set(ylim=(0.75, 3.2), yticks=TICKS, yticklabels=[f"{t:g}" for t in TICKS])
+        axis.minorticks_off()
+    axes.flat[0].set_ylabel("test loss, one seed")
     axes.flat[0].legend(fontsize=8)

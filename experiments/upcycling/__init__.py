@@ -1,0 +1,1 @@
+"""Upcycling offline: what is exact, and how much memory a conversion takes."""
