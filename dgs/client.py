@@ -285,8 +285,8 @@ class Client:
         joined = parse(pb.JoinReply, reply)
         if len(joined.cursor) > MAX_CURSOR_BYTES:
             raise MalformedError(
-                f"{self._transports[shard].address} gave a cursor of {len(joined.cursor)} bytes; at most "
-                f"{MAX_CURSOR_BYTES} are allowed"
+                f"{self._transports[shard].address} gave a cursor of {len(joined.cursor)} bytes; "
+                f"at most {MAX_CURSOR_BYTES} are allowed"
             )
         return joined
 
