@@ -2,7 +2,7 @@
 
 The core knows no callers, and its log replays requests, so authorisation stands here, before both.
 A request that changes or reads a session must come from somebody who may act as that session's
-worker; the session is found by the run and the number in the request, just as the core will find it.
+worker; the session is found by the run and the number in the request, as the core will find it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What mTLS costs an exchange: ``python -m experiments.security.mtls``.
 
 The worker is here, two servers in a process of their own on another core: one in plaintext, one
-with TLS and client certificates. The same worker's rounds go to both, one after the other, so that both
-meet the same load of the machine. Each run has fresh servers, sessions and certificates.
+with TLS and client certificates. The same worker's rounds go to both, one after the other, so that
+both meet the same load of the machine. Each run has fresh servers, sessions and certificates.
 """
 
 from __future__ import annotations
