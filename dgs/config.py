@@ -274,7 +274,7 @@ class StorageConfig:
     snapshot_interval_s: float = 300.0
     """Seconds between two snapshots, where anything has changed."""
 
-    snapshot_log_bytes: int = 512 << 20
+    snapshot_log_bytes: int = 256 << 20
     """Length of the log at which a snapshot is made early: it bounds what a restart replays."""
 
     snapshot_log_records: int = 5_000

@@ -154,7 +154,13 @@ class Durable:
     def _recover(cls, disk: Disk) -> Self:
         newest = list_snapshots(disk)[0].position
         facts, arrays = read_snapshot(disk, newest)
-        core = ParameterServer.of(ServerState.restored(facts, arrays))
+        try:
+            core = ParameterServer.of(ServerState.restored(facts, arrays))
+        except (KeyError, TypeError, ValueError) as e:
+            raise StateError(
+                f"snapshot {newest} in {disk.label} is sound, but does not say what this release "
+                f"expects ({e!r}): start the release that wrote it"
+            ) from e
         del arrays
         run = core.state.run
         if newest > 0 and newest not in list_segments(disk):  # each snapshot begins a segment

@@ -256,3 +256,13 @@ def test_a_snapshot_whose_log_is_missing_is_not_gone_on_from() -> None:
     disk.remove(last)
     with pytest.raises(StateError, match=rf"holds snapshot \d+, but not {last}"):
         Durable.open(disk)
+
+
+def test_a_snapshot_of_a_release_with_other_settings_is_refused_in_plain_words() -> None:
+    disk = ForgetfulDisk()
+    carry_out(begin(disk), record(rounds=3))
+    with (
+        patch("dgs.state.ServerConfig", side_effect=TypeError("unexpected argument 'quorum'")),
+        pytest.raises(StateError, match="does not say what this release expects.*quorum"),
+    ):
+        Durable.open(disk)
