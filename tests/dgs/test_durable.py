@@ -263,6 +263,6 @@ def test_a_snapshot_of_a_release_with_other_settings_is_refused_in_plain_words()
     carry_out(begin(disk), record(rounds=3))
     with (
         patch("dgs.state.ServerConfig", side_effect=TypeError("unexpected argument 'quorum'")),
-        pytest.raises(StateError, match="does not say what this release expects.*quorum"),
+        pytest.raises(StateError, match=r"does not say what this release expects.*quorum"),
     ):
         Durable.open(disk)
