@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
 CODE := dgs moe tests experiments
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check format static proto clean python
@@ -43,10 +45,10 @@ static: $(STAMP)
 	@$(BIN)/mypy --no-error-summary
 
 test: static  ## run everything that CI runs: format, lint, types and all tests
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST)
 
 check: static  ## run the quick part of it: no slow tests, no GPU
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	@$(PYTEST) -m "not slow and not gpu"
 
 format: $(STAMP)  ## format the code and fix what lint can fix
 	@$(BIN)/ruff check --quiet --fix $(CODE) || true
