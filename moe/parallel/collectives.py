@@ -39,6 +39,7 @@ __all__ = [
     "largest",
     "reduce_scatter_rows",
     "start_all_to_all_rows",
+    "start_shift",
 ]
 
 Result = TypeVar("Result")
@@ -145,6 +146,37 @@ def all_reduce_sum(x: Tensor, group: Group) -> Tensor:
         return x
     total: Tensor = _Reduce.apply(x, group)
     return total
+
+
+def start_shift(tensors: Sequence[Tensor], group: Group) -> Pending[list[Tensor]]:
+    """Begin to pass tensors to the next rank of a group, the last one to the first.
+
+    Args:
+        tensors: of the same shapes and types on every rank; must not change until they have gone.
+        group: who takes part.
+
+    Returns:
+        What the rank before this one has passed on. Without a gradient of its own.
+
+    Raises:
+        CollectiveError: another rank failed.
+    """
+    sent = [x.contiguous() for x in tensors]
+    if group.size == 1:
+        return Pending(lambda: sent)
+    received = [torch.empty_like(x) for x in sent]
+    to, by = (group.ranks[(group.index + way) % group.size] for way in (1, -1))
+    moves = [dist.P2POp(dist.isend, x, to, group.handle) for x in sent]
+    moves += [dist.P2POp(dist.irecv, x, by, group.handle) for x in received]
+    works = _run(group, lambda: dist.batch_isend_irecv(moves))
+
+    def land() -> list[Tensor]:
+        for work in works:
+            _run(group, work.wait)
+        sent.clear()  # what is sent has to outlive the sending
+        return received
+
+    return Pending(land)
 
 
 def exchange_counts(counts_RL: Tensor, group: Group) -> Tensor:
