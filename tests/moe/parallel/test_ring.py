@@ -42,8 +42,8 @@ def _whole(inputs: list[Tensor], visibility: Visibility) -> tuple[Tensor, ...]:
     if visibility.documents_BT is not None:
         documents = visibility.documents_BT
         mask = mask & (documents[:, None, :, None] == documents[:, None, None])
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    out = scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True)
+    q_BHSD, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (q, k, v))
+    out = scaled_dot_product_attention(q_BHSD, k_BGSD, v_BGSD, attn_mask=mask, enable_gqa=True)
     out = out.transpose(1, 2)
     out.backward(inputs[3])
     assert q.grad is not None
