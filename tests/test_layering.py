@@ -43,7 +43,7 @@ MOE_LAYERS = (
     ("losses", "dropping", "experts", "dispatch"),
     ("initial",),
     ("layer",),
-    ("upcycling",),
+    ("upcycling", "training"),
     (FACADE,),
     ("layout", "upcycle"),
 )
