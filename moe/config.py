@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
-from moe.errors import MoeError, RoutingError
+from moe.checks import (
+    ConfigError,
+    as_floats,
+    require,
+    require_choice,
+    require_count,
+    require_number,
+)
+from moe.errors import RoutingError
 
 __all__ = [
     "Activation",
@@ -27,39 +34,6 @@ DropScope = Literal["sub-sequence", "full-sequence"]
 By = Literal["probability", "position"]
 Activation = Literal["swiglu", "squared_relu"]
 LossScope = Literal["micro-batch", "sequence", "global"]
-
-
-class ConfigError(MoeError, ValueError):
-    """A setting is out of range or contradicts another one; nothing was built."""
-
-
-def _require(condition: bool, name: str, value: object, wanted: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name}={value!r} is not valid: {wanted}")
-
-
-def _require_choice(name: str, value: object, choices: object) -> None:
-    allowed = get_args(choices)
-    _require(value in allowed, name, value, "choose one of " + ", ".join(map(repr, allowed)))
-
-
-def _require_count(name: str, value: object, least: int = 1) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    _require(ok, name, value, f"give a whole number of at least {least}")
-
-
-def _require_number(name: str, value: float, *, above: float | None = None) -> None:
-    ok = isinstance(value, int | float) and math.isfinite(value)
-    if above is None:
-        _require(ok and value >= 0, name, value, "give a finite number that is not negative")
-    else:
-        _require(ok and value > above, name, value, f"give a finite number above {above:g}")
-
-
-def _as_floats(settings: object, *names: str) -> None:
-    """Replace numbers by plain floats, so that equal settings also look the same."""
-    for name in names:
-        object.__setattr__(settings, name, float(getattr(settings, name)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,21 +80,21 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        _require_count("num_experts", self.num_experts)
-        _require_count("top_k", self.top_k)
+        require_count("num_experts", self.num_experts)
+        require_count("top_k", self.top_k)
         if self.top_k > self.num_experts:
             raise RoutingError(
                 f"top_k={self.top_k} is above num_experts={self.num_experts}: a token cannot go to "
                 f"more experts than there are; give top_k <= {self.num_experts}"
             )
-        _require_choice("score", self.score, Score)
-        _require_number("scale", self.scale, above=0)
-        _require_number("jitter", self.jitter)
-        _require(self.jitter < 1, "jitter", self.jitter, "give a half width in [0, 1)")
-        _as_floats(self, "scale", "jitter")
+        require_choice("score", self.score, Score)
+        require_number("scale", self.scale, above=0)
+        require_number("jitter", self.jitter)
+        require(self.jitter < 1, "jitter", self.jitter, "give a half width in [0, 1)")
+        as_floats(self, "scale", "jitter")
         self._check_weights()
         if self.groups is not None:
-            _require(
+            require(
                 isinstance(self.groups, tuple) and len(self.groups) == 2,
                 "groups",
                 self.groups,
@@ -130,13 +104,13 @@ class RouterConfig:
 
     def _check_weights(self) -> None:
         after = self.score == "topk-softmax"
-        _require(
+        require(
             not (after and self.renormalise),
             "renormalise",
             True,
             "topk-softmax weights sum to one already; leave renormalise out",
         )
-        _require(
+        require(
             not (self.top_k == 1 < self.num_experts and (after or self.renormalise)),
             "top_k",
             1,
@@ -145,16 +119,16 @@ class RouterConfig:
         )
 
     def _check_groups(self, count: int, kept: int) -> None:
-        _require_count("groups[0]", count)
-        _require_count("groups[1]", kept)
-        _require(
+        require_count("groups[0]", count)
+        require_count("groups[1]", kept)
+        require(
             self.num_experts % count == 0,
             "groups",
             self.groups,
             f"{self.num_experts} experts do not divide into {count} groups",
         )
         size = self.num_experts // count
-        _require(
+        require(
             kept <= count and self.top_k <= kept * size,
             "groups",
             self.groups,
@@ -189,10 +163,10 @@ class CapacityConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        _require_number("factor", self.factor, above=0)
-        _as_floats(self, "factor")
-        _require_choice("scope", self.scope, DropScope)
-        _require_choice("by", self.by, By)
+        require_number("factor", self.factor, above=0)
+        as_floats(self, "factor")
+        require_choice("scope", self.scope, DropScope)
+        require_choice("by", self.by, By)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,11 +195,11 @@ class ExpertConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        _require_count("hidden", self.hidden)
-        _require_count("intermediate", self.intermediate)
-        _require_choice("activation", self.activation, Activation)
-        _require_count("shared", self.shared, least=0)
-        _require(
+        require_count("hidden", self.hidden)
+        require_count("intermediate", self.intermediate)
+        require_choice("activation", self.activation, Activation)
+        require_count("shared", self.shared, least=0)
+        require(
             self.shared > 0 or not self.shared_gate,
             "shared_gate",
             self.shared_gate,
@@ -259,10 +233,10 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        _require_number("balance", self.balance)
-        _require_choice("scope", self.scope, LossScope)
-        _require_number("z", self.z)
-        _as_floats(self, "balance", "z")
+        require_number("balance", self.balance)
+        require_choice("scope", self.scope, LossScope)
+        require_number("z", self.z)
+        as_floats(self, "balance", "z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,8 +268,8 @@ class MoeConfig:
         kinds = {"router": RouterConfig, "experts": ExpertConfig, "losses": LossConfig}
         for name, kind in kinds.items():
             value = getattr(self, name)
-            _require(isinstance(value, kind), name, value, f"give a {kind.__name__}")
-        _require(
+            require(isinstance(value, kind), name, value, f"give a {kind.__name__}")
+        require(
             self.capacity is None or isinstance(self.capacity, CapacityConfig),
             "capacity",
             self.capacity,

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from moe.config import ExpertConfig
 from moe.experts import Experts, shard_experts
+from moe.parallel.groups import Group
 
-__all__ = ["draw_experts", "draw_replicated"]
+__all__ = ["derived_seed", "draw_experts", "draw_part", "draw_replicated"]
 
 
 @torch.no_grad()
@@ -50,6 +51,44 @@ def draw_replicated(parameters: Iterator[tuple[str, nn.Parameter]], seed: int) -
         _draw(weight, width, f"{seed}/{name}")
 
 
+@torch.no_grad()
+def draw_part(
+    weight: Tensor, name: str, cut: int | None, group: Group, seed: int, width: int
+) -> None:
+    """Draw a rank's slice of a weight, normal with variance 1 / width, likewise.
+
+    Args:
+        weight: the slice, written in place.
+        name: of the weight in the whole model.
+        cut: dimension that is cut evenly over the group; None: the rank has the whole.
+        group: the ranks that share the weight.
+        seed: the same on every rank.
+        width: of the input.
+    """
+    if cut is None or group.size == 1:
+        _draw(weight, width, f"{seed}/{name}")
+        return
+    shape = list(weight.shape)
+    part, shape[cut] = shape[cut], shape[cut] * group.size
+    full = weight.new_empty(shape)
+    _draw(full, width, f"{seed}/{name}")
+    weight.copy_(full.narrow(cut, group.index * part, part))
+
+
+def derived_seed(seed: int, name: str) -> int:
+    """Return a seed for a part of a model, another one for each part.
+
+    Args:
+        seed: of the model.
+        name: of the part.
+
+    Example:
+        >>> derived_seed(0, "blocks.0") == derived_seed(0, "blocks.1")
+        False
+    """
+    return _number(f"{seed}/{name}")
+
+
 def _whole(config: ExpertConfig, name: str) -> tuple[int, int, int]:
     if name == "w_out_LFD":
         return 1, config.intermediate, config.hidden
@@ -57,6 +96,12 @@ def _whole(config: ExpertConfig, name: str) -> tuple[int, int, int]:
 
 
 def _draw(weight: Tensor, input_width: int, key: str) -> None:
-    digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
-    generator = torch.Generator(weight.device).manual_seed(int.from_bytes(digest, "big"))
+    if weight.is_meta:
+        return
+    generator = torch.Generator(weight.device).manual_seed(_number(key))
     nn.init.normal_(weight, std=input_width**-0.5, generator=generator)
+
+
+def _number(key: str) -> int:
+    digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")

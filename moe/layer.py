@@ -213,15 +213,26 @@ class MoeLayer(nn.Module):
             self.router.update_bias(bias_rate, lambda counts: all_reduce_sum(counts, stage))
 
     def reset_parameters(self, seed: int) -> None:
-        """Draw all weights anew, the same under every mapping.
+        """Draw all weights anew, the same under every mapping, and forget what was counted.
 
         Args:
             seed: the same on every rank.
         """
+        self.reset_counts()
         first = self.groups["ep"].index * self.experts.w_in_LDG.shape[0]
         draw_experts(self.experts, first, seed)
         named = self.named_parameters()
         draw_replicated(((n, p) for n, p in named if not n.startswith("experts.")), seed)
+
+    @torch.no_grad()
+    def reset_counts(self) -> None:
+        """Forget the load and the expert bias, as after the layer got memory by `to_empty`."""
+        weight_ED, router = self.router.weight_ED, self.router
+        for counted in (router.bias_E, router.counts_E):
+            if counted is not None:
+                counted.zero_()
+        if self.running is not None:
+            self.running = RunningLoad(weight_ED.shape[0], device=weight_ED.device)
 
     def _route(self, x: Tensor, valid: Tensor | None) -> Routing:
         hidden = self.config.experts.hidden

@@ -32,6 +32,7 @@ from moe.parallel.groups import Group
 __all__ = [
     "Pending",
     "all_gather_rows",
+    "all_reduce_largest",
     "all_reduce_sum",
     "all_to_all_rows",
     "exchange_counts",
@@ -148,6 +149,7 @@ def all_reduce_sum(x: Tensor, group: Group) -> Tensor:
     return total
 
 
+<<<<<<< HEAD
 def start_shift(tensors: Sequence[Tensor], group: Group) -> Pending[list[Tensor]]:
     """Begin to pass tensors to the next rank of a group, the last one to the first.
 
@@ -177,6 +179,24 @@ def start_shift(tensors: Sequence[Tensor], group: Group) -> Pending[list[Tensor]
         return received
 
     return Pending(land)
+=======
+@torch.no_grad()
+def all_reduce_largest(x: Tensor, group: Group) -> Tensor:
+    """Return, place by place, the largest of the tensors of all ranks; without a gradient.
+
+    Args:
+        x: of the same shape on every rank.
+        group: who takes part.
+
+    Raises:
+        CollectiveError: another rank failed.
+    """
+    if group.size == 1:
+        return x
+    top = x.clone(memory_format=torch.contiguous_format)
+    _run(group, lambda: dist.all_reduce(top, dist.ReduceOp.MAX, group=group.handle))
+    return top
+>>>>>>> 051269ff4495703a87fb6099211be3aa859aa051
 
 
 def exchange_counts(counts_RL: Tensor, group: Group) -> Tensor:
