@@ -29,9 +29,11 @@ from moe.initial import derived_seed, draw_part
 from moe.layer import SEEDS, Execution, MoeLayer
 from moe.mapping import check_mapping, stage_layers
 from moe.model_config import ModelConfig
+from moe.parallel.context import positions_of
 from moe.parallel.grads import Family
 from moe.parallel.groups import ProcessGroups, single
 from moe.places import Places
+from moe.ring import RingCore
 from moe.rope import rotation
 from moe.vocabulary import UNLABELLED, Embedding, Head
 
@@ -80,7 +82,8 @@ class Model(nn.Module):
     Args:
         config: what the model computes.
         groups: of the mapping; one rank unless given.
-        core: what tokens see; `local_core` unless given.
+        core: what tokens see; unless given, `local_core`, or a `RingCore` where there is context
+            parallelism.
         layers: of this stage; an even share of all layers unless given. A stage that begins with
             layer 0 embeds tokens, one that ends with the last has the head.
         execution: how mixtures do their work.
@@ -121,17 +124,12 @@ class Model(nn.Module):
         self.config = config
         self.groups = groups = single() if groups is None else groups
         check_mapping(config, groups.dims)
-        if core is None and groups.dims.cp > 1:
-            raise LayoutError(
-                f"cp={groups.dims.cp} needs an attention core that sees the tokens of other ranks; "
-                "give core"
-            )
         self.layers = layers = stage_layers(config.num_layers, groups, layers)
         tp, width = groups["tp"], config.hidden
         self.embed: Embedding | None = None
         if layers.start == 0:
             self.embed = Embedding(config.vocabulary, width, tp, device, dtype)
-        chosen = local_core if core is None else core
+        chosen = core or (RingCore(groups["cp"]) if groups.dims.cp > 1 else local_core)
         self.blocks = nn.ModuleDict(
             {str(n): Block(config, n, groups, chosen, execution, device, dtype) for n in layers}
         )
@@ -280,13 +278,14 @@ class Model(nn.Module):
     def places(self, ids_BS: Tensor) -> Places:
         """Return the places of whole rows of one document each.
 
-        Raises:
-            LayoutError: under context parallelism no rank has whole rows.
+        Under context parallelism a rank has the parts of them that `take_tokens` gives.
         """
-        if self.groups.dims.cp > 1:
-            raise LayoutError("under context parallelism a rank has parts of its rows; give places")
-        tokens = ids_BS.shape[-1]
-        return Places.whole(ids_BS.numel() // max(1, tokens), tokens, ids_BS.device)
+        tokens, cp = ids_BS.shape[-1], self.groups["cp"]
+        rows = ids_BS.numel() // max(1, tokens)
+        if cp.size == 1:
+            return Places.whole(rows, tokens, ids_BS.device)
+        positions_S = positions_of(tokens * cp.size, cp.index, cp.size).to(ids_BS.device)
+        return Places(positions_S.expand(rows, -1))
 
     def _run(self, x_BTD: Tensor, places: Places) -> StageOutput:
         attention = self.config.attention

@@ -42,7 +42,7 @@ MOE_LAYERS = (
     ("config", "model_config", "parallel", "kernels"),
     ("router", "capacity", "permute", "places", "norm", "rope", "mapping"),
     ("losses", "dropping", "experts", "dispatch"),
-    ("initial", "attention", "feedforward", "vocabulary"),
+    ("initial", "attention", "feedforward", "ring", "vocabulary"),
     ("layer", "admission"),
     ("block",),
     ("model",),

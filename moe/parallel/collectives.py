@@ -149,7 +149,6 @@ def all_reduce_sum(x: Tensor, group: Group) -> Tensor:
     return total
 
 
-<<<<<<< HEAD
 def start_shift(tensors: Sequence[Tensor], group: Group) -> Pending[list[Tensor]]:
     """Begin to pass tensors to the next rank of a group, the last one to the first.
 
@@ -179,7 +178,8 @@ def start_shift(tensors: Sequence[Tensor], group: Group) -> Pending[list[Tensor]
         return received
 
     return Pending(land)
-=======
+
+
 @torch.no_grad()
 def all_reduce_largest(x: Tensor, group: Group) -> Tensor:
     """Return, place by place, the largest of the tensors of all ranks; without a gradient.
@@ -196,7 +196,6 @@ def all_reduce_largest(x: Tensor, group: Group) -> Tensor:
     top = x.clone(memory_format=torch.contiguous_format)
     _run(group, lambda: dist.all_reduce(top, dist.ReduceOp.MAX, group=group.handle))
     return top
->>>>>>> 051269ff4495703a87fb6099211be3aa859aa051
 
 
 def exchange_counts(counts_RL: Tensor, group: Group) -> Tensor:

@@ -1,8 +1,8 @@
 """The law for whole models: what each rank compares with the one-rank run.
 
-The batch of the world is DP micro-batches. One rank sees them one after another, the mean of their
-losses is the loss, and one AdamW step follows. Every mapping has to give that loss, every gradient,
-its norm, and the weights after the step.
+The batch of the world is DP micro-batches. One rank sees them one after another, the loss is the
+mean over all labelled tokens, and one AdamW step follows. Every mapping has to give that loss,
+every gradient, its norm, and the weights after the step.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from moe.config import ExpertConfig, LossConfig, MoeConfig, RouterConfig
 from moe.experts import shard_experts
 from moe.model import Model
 from moe.model_config import AttentionConfig, FeedForwardConfig, ModelConfig, RopeConfig
+from moe.parallel.context import take_tokens
 from moe.parallel.dims import ParallelDims
 from moe.parallel.grads import GradientRegistry, grad_norm, reduce_gradients
 from moe.parallel.groups import ProcessGroups, build_groups
@@ -26,7 +27,7 @@ from moe.vocabulary import UNLABELLED
 
 __all__ = ["CASES", "violations"]
 
-VOCABULARY, HIDDEN, ROWS, TOKENS = 24, 16, 2, 7
+VOCABULARY, HIDDEN, ROWS, TOKENS = 24, 16, 2, 8
 RTOL = 1e-5
 SEED = 5
 
@@ -64,16 +65,32 @@ def _batch(name: str, replica: int) -> tuple[Tensor, Places, Tensor]:
     generator = torch.Generator().manual_seed(100 + replica)
     ids = torch.randint(VOCABULARY, (ROWS, TOKENS + 1), generator=generator)
     labels = ids[:, 1:].clone()
-    # as many labels in each micro-batch: the mean of means is the mean
-    labels[0, replica : replica + 2] = UNLABELLED
+    labels[0, replica : 2 * replica + 2] = UNLABELLED
     ids = ids[:, :-1].contiguous()
     if not CASES[name].packed:
         return ids, Places.whole(ROWS, TOKENS), labels
-    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 2, 2, 2, 2]])
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 0, 1, 2, 3]])
-    valid = torch.tensor([[True] * TOKENS, [True] * 5 + [False] * 2])
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 1, 2, 2, 2, 2, 2]])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 0, 0, 1, 2, 3, 4]])
+    valid = torch.tensor([[True] * TOKENS, [True] * 6 + [False] * 2])
     labels = labels.masked_fill(~valid, UNLABELLED)
     return ids, Places(positions, documents, valid), labels
+
+
+def _part(name: str, groups: ProcessGroups) -> tuple[Tensor, Places, Tensor]:
+    """Return what this rank gets of its micro-batch."""
+    replica, cp = groups.dims.coordinates(groups.rank)["dp"], groups["cp"]
+    ids, places, labels = _batch(name, replica)
+    if cp.size == 1:
+        return ids, places, labels
+    told = (places.positions_BS, places.documents_BS, places.valid_BS)
+    taken = [None if x is None else take_tokens(x, cp.index, cp.size) for x in told]
+    assert taken[0] is not None
+    own = Places(taken[0], *taken[1:])
+    return take_tokens(ids, cp.index, cp.size), own, take_tokens(labels, cp.index, cp.size)
+
+
+def _labelled(name: str, dp: int) -> int:
+    return sum(int((_batch(name, replica)[2] != UNLABELLED).sum()) for replica in range(dp))
 
 
 @dataclass(frozen=True)
@@ -94,14 +111,17 @@ def _expected(name: str, dp: int) -> Expected:
     outs = [model(*_batch(name, replica)) for replica in range(dp)]
     with torch.no_grad():
         logits = [model(*_batch(name, replica)[:2]).logits for replica in range(dp)]
-    torch.stack([model.total_loss(out.loss, out.stage) for out in outs]).mean().backward()
+    losses = [out.token_losses_BS.sum() * dp / _labelled(name, dp) for out in outs]
+    totals = [model.total_loss(loss, out.stage) for loss, out in zip(losses, outs, strict=True)]
+    torch.stack(totals).mean().backward()
     gradients = {n: _gradient(p).clone() for n, p in model.named_parameters()}
     norm = torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt()
     _step(model)
     stepped = {n: p.detach() for n, p in model.named_parameters()}
     kinds = outs[0].stage.losses
     shares = {k: torch.stack([o.stage.losses[k] for o in outs]).mean().detach() for k in kinds}
-    return Expected(logits, [o.loss.detach() for o in outs], shares, gradients, norm, stepped)
+    losses = [o.token_losses_BS.detach() for o in outs]
+    return Expected(logits, losses, shares, gradients, norm, stepped)
 
 
 def _step(model: nn.Module) -> None:
@@ -132,14 +152,18 @@ def _pairs(groups: ProcessGroups, name: str) -> Iterator[tuple[str, Tensor, Tens
     dims, case = groups.dims, CASES[name]
     expected, replica = _expected(name, dims.dp), dims.coordinates(groups.rank)["dp"]
     model = Model(case.config, groups, seed=SEED)
-    ids, places, labels = _batch(name, replica)
+    ids, places, labels = _part(name, groups)
+    cp = groups["cp"]
     with torch.no_grad():
-        yield "logits", model(ids, places).logits, expected.logits[replica]
+        whole = expected.logits[replica]
+        yield "logits", model(ids, places).logits, take_tokens(whole, cp.index, cp.size)
     out = model(ids, places, labels)
-    yield "loss", out.loss, expected.losses[replica]
+    whole = expected.losses[replica]
+    yield "losses", out.token_losses_BS, take_tokens(whole, cp.index, cp.size)
+    loss = out.token_losses_BS.sum() * dims.dp * dims.cp / _labelled(name, dims.dp)
     for kind, share in out.stage.losses.items():
         yield kind, _summed(share, groups), expected.shares[kind]
-    model.total_loss(out.loss, out.stage).backward()
+    model.total_loss(loss, out.stage).backward()
     registry = GradientRegistry.of(model.named_parameters(), model.families())
     reduce_gradients(registry, groups)
     for own, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Tensor parallelism does not show in a whole model, dense or not, under any folding."""
+"""Tensor and context parallelism do not show in a whole model, dense or not, however folded."""
 
 from __future__ import annotations
 
@@ -24,17 +24,22 @@ CHOSEN = (
     ParallelDims(4, tp=2, etp=2),
     ParallelDims(4, tp=4, ep=2, etp=2),
     ParallelDims(4, ep=2, etp=2),
+    ParallelDims(2, cp=2),
+    ParallelDims(4, cp=4, ep=4),
+    ParallelDims(4, cp=2, ep=2),
+    ParallelDims(4, tp=2, cp=2, ep=4),
+    ParallelDims(4, tp=2, cp=2, etp=4),
 )
-"""What is tried unless ALL_MAPPINGS=1 asks for all without context and pipeline parallelism."""
+"""What is tried unless ALL_MAPPINGS=1 asks for all without pipeline parallelism."""
 
 
 def _mappings(size: int) -> list[ParallelDims]:
-    legal = [dims for dims in legal_mappings(size) if dims.cp == dims.pp == 1]
+    legal = [dims for dims in legal_mappings(size) if dims.pp == 1]
     return legal if ALL else [dims for dims in CHOSEN if dims.world == size]
 
 
 def _name(dims: ParallelDims) -> str:
-    sizes = {axis: getattr(dims, axis) for axis in ("tp", "ep", "etp")}
+    sizes = {axis: getattr(dims, axis) for axis in ("tp", "cp", "ep", "etp")}
     return f"world{dims.world}" + "".join(f"-{a}{n}" for a, n in sizes.items() if n > 1)
 
 

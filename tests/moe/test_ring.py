@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from moe.errors import CollectiveError, LayoutError
+from moe.errors import CollectiveError
 from moe.parallel.context import positions_of, take_tokens
 from moe.parallel.dims import ParallelDims
-from moe.parallel.groups import Group, build_groups
-from moe.parallel.ring import Visibility, ring_attention
+from moe.parallel.groups import build_groups
+from moe.places import Places, visible
+from moe.ring import RingCore
 from tests.helpers.worlds import World
 
 BATCH, HEADS, KINDS, SIZE = 2, 6, 2, 5
@@ -20,11 +21,17 @@ DOCUMENTS = {"one document": None, "packed": (5, 1, 7), "a document per token": 
 """Lengths of the documents, over and over; the second sequence starts in the middle of them."""
 
 
-def _documents(lengths: tuple[int, ...] | None, length: int) -> Tensor | None:
+def _places(lengths: tuple[int, ...] | None, length: int) -> Places:
+    """Return places of whole rows; positions begin anew in each document."""
     if lengths is None:
-        return None
-    numbers = [n for n in range(2 * length) for _ in range(lengths[n % len(lengths)])]
-    return torch.tensor([numbers[:length], numbers[3 : 3 + length]])
+        return Places(torch.arange(length).expand(BATCH, -1))
+    spans = [(n, i) for n in range(2 * length) for i in range(lengths[n % len(lengths)])]
+    numbers, inside = torch.tensor(spans[: 3 + length]).T
+    documents_BT = torch.stack([numbers[:length], numbers[3:]])
+    positions_BT = torch.stack([inside[:length], inside[3:]])
+    valid_BT = torch.ones(BATCH, length, dtype=torch.bool)
+    valid_BT[1, -2:] = False
+    return Places(positions_BT, documents_BT, valid_BT)
 
 
 def _inputs(length: int) -> list[Tensor]:
@@ -33,17 +40,13 @@ def _inputs(length: int) -> list[Tensor]:
     return [torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes]
 
 
-def _whole(inputs: list[Tensor], visibility: Visibility) -> tuple[Tensor, ...]:
+def _whole(inputs: list[Tensor], places: Places, window: int | None) -> tuple[Tensor, ...]:
     """Return outputs and gradients by torch's own attention with a dense mask."""
     q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
-    apart = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
-    seen = (apart >= 0) & (apart < (visibility.window or q.shape[1]))
-    mask = seen.expand(BATCH, 1, -1, -1)
-    if visibility.documents_BT is not None:
-        documents = visibility.documents_BT
-        mask = mask & (documents[:, None, :, None] == documents[:, None, None])
-    q_BHSD, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (q, k, v))
-    out = scaled_dot_product_attention(q_BHSD, k_BGSD, v_BGSD, attn_mask=mask, enable_gqa=True)
+    where, whose = places.positions_BS, places.documents
+    mask = visible(where, where, whose, whose, window)[:, None]
+    q_BHSC, k_BJSC, v_BJSC = (x.transpose(1, 2) for x in (q, k, v))
+    out = scaled_dot_product_attention(q_BHSC, k_BJSC, v_BJSC, attn_mask=mask, enable_gqa=True)
     out = out.transpose(1, 2)
     out.backward(inputs[3])
     assert q.grad is not None
@@ -62,14 +65,18 @@ def _largest_error(
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     groups = build_groups(ParallelDims(world, cp=world), ["cp"])
     group, inputs = groups["cp"], _inputs(length)
-    visibility = Visibility(window, _documents(lengths, length))
+    whole = _places(lengths, length)
+    told = (whole.positions_BS, whole.documents_BS, whole.valid_BS)
+    places = Places(
+        *(x if x is None else take_tokens(x, group.index, group.size) for x in told)  # type: ignore[arg-type]
+    )
     own = [take_tokens(x, group.index, group.size).to(dtype) for x in inputs]
     q, k, v = (x.requires_grad_() for x in own[:3])
-    out = ring_attention(q, k, v, group, visibility)
+    out = RingCore(group)(q, k, v, places, window)
     assert out.dtype == dtype
     out.backward(own[3])
     found = [out.detach(), q.grad, k.grad, v.grad]
-    expected = _whole([x.to(dtype).double() for x in inputs], visibility)
+    expected = _whole([x.to(dtype).double() for x in inputs], whole, window)
     errors = []
     for mine, all_of_them in zip(found, expected, strict=True):
         assert mine is not None
@@ -111,10 +118,10 @@ def test_what_is_rounded_is_rounded_at_the_end(world4: World) -> None:
 def _large_scores_do_not_overflow() -> bool:
     groups = build_groups(ParallelDims(2, cp=2), ["cp"])
     q = torch.full((1, 2, 1, 1), 300.0)
-    positions = positions_of(4, groups["cp"].index, 2)
+    positions = positions_of(4, groups["cp"].index, 2)[None]
     v = positions.float().view(1, 2, 1, 1)
     k = v * 10  # the latest key has all the weight
-    out = ring_attention(q, k, v, groups["cp"])
+    out = RingCore(groups["cp"])(q, k, v, Places(positions), None)
     groups.close()
     return bool(torch.equal(out, v))
 
@@ -130,7 +137,7 @@ def _one_rank_stays_away() -> bool:
     if groups.rank == 1:
         return True
     with pytest.raises(CollectiveError, match="another rank ended or does not answer"):
-        ring_attention(q, q, q, groups["cp"])
+        RingCore(groups["cp"])(q, q, q, Places(torch.arange(2)[None]), None)
     return True
 
 
@@ -138,15 +145,3 @@ def _one_rank_stays_away() -> bool:
 def test_a_rank_that_does_not_come_is_told_of() -> None:
     with World(2) as world:
         assert all(world.run(_one_rank_stays_away))
-
-
-def test_what_does_not_fit_is_refused() -> None:
-    q = torch.zeros(2, 3, 4, 5)
-    with pytest.raises(LayoutError, match=r"cannot attend to keys \[2, 2, 4, 5\]"):
-        ring_attention(q, q[:, :2], q[:, :2], Group())
-    with pytest.raises(LayoutError, match="4 heads of queries cannot share 3 heads of keys"):
-        ring_attention(q, q[:, :, :3], q[:, :, :3], Group())
-    with pytest.raises(LayoutError, match="those of the whole sequences"):
-        ring_attention(q, q, q, Group(), Visibility(documents_BT=torch.zeros(2, 2)))
-    with pytest.raises(LayoutError, match="window=0 is not valid"):
-        Visibility(window=0)
