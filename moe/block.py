@@ -15,7 +15,7 @@ from moe.model_config import ModelConfig
 from moe.norm import RMSNorm
 from moe.parallel.groups import ProcessGroups
 from moe.parallel.tensor import own_share
-from moe.places import Places
+from moe.places import FARTHEST, Places
 from moe.rope import Rotation
 
 __all__ = ["Block"]
@@ -82,8 +82,17 @@ class Block(nn.Module):
             return x_BTD + self.feed_forward(h_BTD, tokens), None
         valid_BS, own = places.valid_BS, own_share(tokens, self.group)
         valid_BT = None if valid_BS is None else valid_BS[:, own].contiguous()
-        out: LayerOutput = self.feed_forward(h_BTD, valid_BT)
+        out: LayerOutput = self.feed_forward(h_BTD, valid_BT, self._order(places, own))
         return x_BTD + out.y, out
+
+    def _order(self, places: Places, own: slice) -> Tensor | None:
+        """Return what ascends along each row, for those who drop what comes late."""
+        if places.plain:
+            return None
+        order_BS, documents_BS = places.positions_BS, places.documents_BS
+        if documents_BS is not None:
+            order_BS = order_BS + documents_BS * FARTHEST
+        return order_BS[:, own].contiguous()
 
     def cuts(self) -> dict[str, int | None]:
         """Return along which dimension each parameter is cut over the TP group, mixtures left out.

@@ -22,7 +22,12 @@ __all__ = ["drop"]
 
 
 def drop(
-    routing: Routing, config: CapacityConfig, sequence: Group, *, sequences: int = 1
+    routing: Routing,
+    config: CapacityConfig,
+    sequence: Group,
+    order_T: Tensor | None = None,
+    *,
+    sequences: int = 1,
 ) -> tuple[Routing, int]:
     """Return the routing without the choices that no expert has room for.
 
@@ -32,7 +37,8 @@ def drop(
     Args:
         routing: of this rank's tokens, equally long pieces of `sequences` sequences.
         config: capacity, whose tokens compete, and how.
-        sequence: ranks that hold the pieces, in the order of these.
+        sequence: ranks that hold the pieces, in the order of these unless `order_T` tells another.
+        order_T: ascending along each sequence, int64; on all ranks of the group or on none.
         sequences: B.
 
     Returns:
@@ -59,6 +65,11 @@ def drop(
     counts = gather_counts(own, sequence).flatten().tolist()
     limit = capacity(sum(counts), top_k, num_experts, config.factor)
     in_order = _by_sequence(counts, sequences, experts_TK.device)
+    if order_T is not None:
+        along = all_gather_rows(order_T, counts, sequence)[in_order].view(sequences, -1)
+        in_order = (
+            in_order.view(sequences, -1).gather(1, along.argsort(dim=1, stable=True)).flatten()
+        )
     kept_TK = torch.empty(sum(counts), top_k, dtype=torch.bool, device=experts_TK.device)
     kept_TK[in_order] = keep(
         all_gather_rows(experts_TK, counts, sequence)[in_order],

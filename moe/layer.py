@@ -150,7 +150,9 @@ class MoeLayer(nn.Module):
             self.running = RunningLoad(num_experts, device=device)
         self.reset_parameters(int(torch.randint(SEEDS, ())) if seed is None else seed)
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> LayerOutput:
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, order: Tensor | None = None
+    ) -> LayerOutput:
         """Route this rank's tokens to their experts and add up what these make of them.
 
         Args:
@@ -160,6 +162,8 @@ class MoeLayer(nn.Module):
             valid: True for real tokens, False for padding, of x's shape without the last
                 dimension, bool; None: all are real. Padding goes to no routed expert, and what the
                 shared expert sees, and makes of it, is zero.
+            order: int64 of the same shape, ascending along each sequence, where pieces are not
+                consecutive; by position, full-sequence dropping keeps what comes first.
 
         Raises:
             RoutingError: the tokens have a wrong shape or type, or their logits NaN or Inf in them,
@@ -176,7 +180,10 @@ class MoeLayer(nn.Module):
         all_kept, limit = valid is None, None
         if self.config.capacity is not None:
             group = self.groups["sequence"]
-            routing, limit = drop(routing, self.config.capacity, group, sequences=sequences)
+            order_T = None if order is None else order.reshape(-1)
+            routing, limit = drop(
+                routing, self.config.capacity, group, order_T, sequences=sequences
+            )
             all_kept = False
         y_TD = self._work(x.reshape(-1, x.shape[-1]), routing, all_kept=all_kept, limit=limit)
         dropped = counts_E.sum() - routing.kept_TK.sum()

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from moe.errors import RoutingError
 
-__all__ = ["Places", "visible"]
+__all__ = ["FARTHEST", "Places", "visible"]
 
 PADDING = -1
+FARTHEST = 1 << 31
+"""Positions are below it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from moe.config import ExpertConfig, LossConfig, MoeConfig, RouterConfig
+from moe.config import CapacityConfig, ExpertConfig, LossConfig, MoeConfig, RouterConfig
 from moe.experts import shard_experts
 from moe.model import Model
 from moe.model_config import AttentionConfig, FeedForwardConfig, ModelConfig, RopeConfig
@@ -43,6 +43,11 @@ class Case:
 ATTENTION = AttentionConfig(4, 4, head_dim=4)
 ROPE = RopeConfig(500.0, "llama3", 4.0, original_positions=8)
 FULL = AttentionConfig(8, 4, 4, ROPE, qkv_bias=True, qk_norm=True, window=3, window_from=1)
+DROPPING = MoeConfig(
+    RouterConfig(4, 2),
+    ExpertConfig(HIDDEN, 8),
+    capacity=CapacityConfig(0.7, "full-sequence", "position"),
+)
 MIXTURE = MoeConfig(
     RouterConfig(4, 2, renormalise=True),
     ExpertConfig(HIDDEN, 8, shared=8, shared_gate=True),
@@ -55,6 +60,9 @@ CASES = {
     ),
     "mixture": Case(
         ModelConfig(VOCABULARY, HIDDEN, 2, FULL, FeedForwardConfig(12, MIXTURE, (1,))), packed=True
+    ),
+    "dropping": Case(
+        ModelConfig(VOCABULARY, HIDDEN, 2, ATTENTION, FeedForwardConfig(12, DROPPING)), packed=True
     ),
 }
 
